@@ -1,0 +1,507 @@
+"""Slow, obvious references for the system of PR #1471, one sequence and one matrix at a time.
+
+Nothing here is meant to be fast or to be imported by the training script: tests compare the
+script with these functions. Arithmetic follows the dtype of the arguments, so every comparison
+can be made in float64, where a real difference and a rounding difference look different.
+
+Dimension key: B batch, T time, D model, H query heads, G KV heads, K head width, V vocab,
+R x C weight rows x columns.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+RMS_EPS = 1.1920929e-7  # float32 machine epsilon; torch would pick another one for float64
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+# ---- 1. Layout ----------------------------------------------------------------------------
+
+
+def virtual_order(num_layers, recur_layers, active):
+    """Return the physical layer run at each virtual position, as a list of ints.
+
+    When active, the whole of recur_layers (contiguous, ascending) is run once more after its
+    last element. Source: PR #1445.
+    """
+    order = []
+    for layer in range(num_layers):
+        order.append(layer)
+        if active and len(recur_layers) > 0 and layer == recur_layers[-1]:
+            order.extend(recur_layers)
+    return order
+
+
+def skip_map(order, num_layers, num_skip_rows=None):
+    """Return [(skip row, target virtual index, source virtual index)], in the order used.
+
+    The first half of the order (rounded down) pushes its outputs on a stack; decoder step j pops
+    one while rows last. Rows whose update is lost in the lanes are listed too.
+    num_skip_rows: None means what physical depth gives, min(encoder, decoder). Source: PR #1471.
+    """
+    if num_skip_rows is None:
+        num_skip_rows = min(num_layers // 2, num_layers - num_layers // 2)
+    encoder_len = len(order) // 2
+    stack = list(range(encoder_len))
+    rows = []
+    for row, target in enumerate(range(encoder_len, len(order))):
+        if len(stack) > 0 and row < num_skip_rows:
+            rows.append((row, target, stack.pop()))
+    return rows
+
+
+# ---- 2. Forward pass ----------------------------------------------------------------------
+
+
+def param_shapes(sizes, vocab_size, model_dim, hidden_dim, ve_dim):
+    """Return {parameter name: shape} of everything forward() reads. Source: PR #1471."""
+    num_layers, D = sizes["num_layers"], model_dim
+    q_dim = sizes["num_heads"] * sizes["head_dim"]
+    kv_dim = sizes["num_kv_heads"] * sizes["head_dim"]
+    shapes = {"tok_emb.weight": (vocab_size, D)}
+    if len(sizes["ve_layers"]) > 0:
+        shapes["ve.table.weight"] = (vocab_size, ve_dim)
+        if ve_dim != kv_dim:
+            shapes["ve.proj.weight"] = (kv_dim, ve_dim)
+        shapes["ve.scale"] = ()
+        shapes["ve.layer_scales"] = (len(sizes["ve_layers"]),)
+    for i in range(num_layers):
+        shapes[f"blocks.{i}.attn.q.weight"] = (q_dim, D)
+        shapes[f"blocks.{i}.attn.k.weight"] = (kv_dim, D)
+        shapes[f"blocks.{i}.attn.v.weight"] = (kv_dim, D)
+        shapes[f"blocks.{i}.attn.out.weight"] = (D, q_dim)
+        shapes[f"blocks.{i}.attn.q_gain"] = (sizes["num_heads"],)
+        shapes[f"blocks.{i}.mlp.up.weight"] = (hidden_dim, D)
+        shapes[f"blocks.{i}.mlp.down.weight"] = (D, hidden_dim)
+        shapes[f"blocks.{i}.attn_scale"] = (D,)
+        shapes[f"blocks.{i}.mlp_scale"] = (D,)
+        shapes[f"blocks.{i}.resid_mix"] = (2, D)
+    skip_rows = min(num_layers // 2, num_layers - num_layers // 2)
+    shapes["skip_weights"] = (skip_rows, D)
+    if sizes["skip_gates"]:
+        shapes["skip_gates"] = (skip_rows, D)
+    if 0 < sizes["lane_start"] < num_layers:
+        shapes["lane_merge"] = ()
+    return shapes
+
+
+def rms_norm(x, eps=RMS_EPS):
+    """Return x / sqrt(mean of squares over the last dimension + eps), no gain."""
+    return x / torch.sqrt(torch.mean(x * x, dim=-1, keepdim=True) + eps)
+
+
+def rope_base_at(length, rope_dims, rope_base, train_seq_len):
+    """Return the rotary base, a float: raised ("NTK") beyond the training length. PR #60."""
+    if length <= train_seq_len:
+        return float(rope_base)
+    return rope_base * (length / train_seq_len) ** (rope_dims / (rope_dims - 2))
+
+
+def rotate(x_TK, sizes):
+    """Return x with rotary positions on its first rope_dims columns (0: all), half-split pairs.
+
+    Tables are computed in the dtype of x. Sign as in PR #1471: a cos + b sin, -a sin + b cos.
+    """
+    T, K = x_TK.shape
+    rope_dims = sizes["rope_dims"] if sizes["rope_dims"] > 0 else K
+    half = rope_dims // 2
+    base = rope_base_at(T, rope_dims, sizes["rope_base"], sizes["train_seq_len"])
+    position_T = torch.arange(T, dtype=x_TK.dtype, device=x_TK.device)
+    first, second = [], []
+    for i in range(half):
+        angle_T = position_T * base ** (-2.0 * i / rope_dims)
+        cos_T, sin_T = torch.cos(angle_T), torch.sin(angle_T)
+        a_T, b_T = x_TK[:, i], x_TK[:, i + half]
+        first.append(a_T * cos_T + b_T * sin_T)
+        second.append(-a_T * sin_T + b_T * cos_T)
+    rotated = torch.stack(first + second, dim=1)
+    return torch.cat([rotated, x_TK[:, rope_dims:]], dim=1)
+
+
+def causal_attention(q_TK, k_TK, v_TK):
+    """Return softmax(q k' / sqrt(K), masked to s <= t) v for one head, (T, K)."""
+    T, K = q_TK.shape
+    scores_TS = (q_TK @ k_TK.T) / math.sqrt(K)
+    future_TS = torch.ones(T, T, dtype=torch.bool, device=q_TK.device).triu(1)
+    return torch.softmax(scores_TS.masked_fill(future_TS, -math.inf), dim=-1) @ v_TK
+
+
+def exclude_self(o_TK, v_TK):
+    """Return o without its component along v of the same position ("XSA"). Source: PR #1471."""
+    unit_TK = v_TK / torch.clamp(torch.linalg.vector_norm(v_TK, dim=-1, keepdim=True), min=1e-12)
+    return o_TK - torch.sum(o_TK * unit_TK, dim=-1, keepdim=True) * unit_TK
+
+
+def value_embedding(params, tokens_T):
+    """Return the shared value embedding (T, G*K), before the layer scale. Source: PR #414."""
+    w = params["ve.table.weight"][tokens_T]
+    if "ve.proj.weight" in params:
+        w = w @ params["ve.proj.weight"].T
+    return params["ve.scale"] * w
+
+
+def attention(params, layer, z_TD, tokens_T, sizes):
+    """Return the attention branch of one layer, (T, D), head by head. Source: PR #1471."""
+    prefix, K = f"blocks.{layer}.attn.", sizes["head_dim"]
+    heads_per_group = sizes["num_heads"] // sizes["num_kv_heads"]
+    q = z_TD @ params[prefix + "q.weight"].T
+    k = z_TD @ params[prefix + "k.weight"].T
+    v = z_TD @ params[prefix + "v.weight"].T
+    if layer in sizes["ve_layers"]:
+        layer_scale = params["ve.layer_scales"][list(sizes["ve_layers"]).index(layer)]
+        v = v + layer_scale * value_embedding(params, tokens_T)
+    outputs = []
+    for head in range(sizes["num_heads"]):
+        group = head // heads_per_group
+        q_TK = rotate(rms_norm(q[:, head * K : (head + 1) * K]), sizes)
+        k_TK = rotate(rms_norm(k[:, group * K : (group + 1) * K]), sizes)
+        v_TK = v[:, group * K : (group + 1) * K]
+        o_TK = causal_attention(q_TK * params[prefix + "q_gain"][head], k_TK, v_TK)
+        if layer >= sizes["num_layers"] - sizes["xsa_last_n"]:
+            o_TK = exclude_self(o_TK, v_TK)
+        outputs.append(o_TK)
+    return torch.cat(outputs, dim=1) @ params[prefix + "out.weight"].T
+
+
+def mlp(params, layer, z_TD):
+    """Return the MLP branch of one layer, (T, D): leaky ReLU of slope 0.5, squared. PR #549."""
+    h = z_TD @ params[f"blocks.{layer}.mlp.up.weight"].T
+    h = torch.clamp(h, min=0) + 0.5 * torch.clamp(h, max=0)
+    return (h * h) @ params[f"blocks.{layer}.mlp.down.weight"].T
+
+
+def normed(x_TD, layer, sizes):
+    """Return RMSnorm(x), times 1/sqrt(physical layer + 1) when ln_scale. Source: PR #315."""
+    return rms_norm(x_TD) * (1.0 / math.sqrt(layer + 1) if sizes["ln_scale"] else 1.0)
+
+
+def attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes):
+    """Return the stream after the residual mix and the attention branch, (T, D)."""
+    mix = params[f"blocks.{layer}.resid_mix"]
+    u_TD = mix[0] * x_TD + mix[1] * x0_TD
+    branch = attention(params, layer, normed(u_TD, layer, sizes), tokens_T, sizes)
+    return u_TD + params[f"blocks.{layer}.attn_scale"] * branch
+
+
+def mlp_half(params, layer, x_TD, sizes):
+    """Return the stream after the MLP branch, (T, D)."""
+    return x_TD + params[f"blocks.{layer}.mlp_scale"] * mlp(
+        params, layer, normed(x_TD, layer, sizes)
+    )
+
+
+def blend_skip(params, row, x_TD, skip_TD, sizes):
+    """Return x joined with a popped encoder output: gated lerp, or plain sum without gates."""
+    skip_TD = params["skip_weights"][row] * skip_TD
+    if not sizes["skip_gates"]:
+        return x_TD + skip_TD
+    gate_D = torch.sigmoid(params["skip_gates"][row])
+    return gate_D * x_TD + (1 - gate_D) * skip_TD
+
+
+def encode(params, tokens_T, order, sizes):
+    """Run the embedding and the first half of the order.
+
+    Returns the stream (T, D), the normalised embedding (T, D) and the stack of outputs.
+    """
+    x0_TD = rms_norm(params["tok_emb.weight"][tokens_T])
+    x_TD, stack = x0_TD, []
+    for layer in order[: len(order) // 2]:
+        x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
+        x_TD = mlp_half(params, layer, x_TD, sizes)
+        stack.append(x_TD)
+    return x_TD, x0_TD, stack
+
+
+def decode(params, tokens_T, order, sizes, skip_to_lanes, encoded):
+    """Run the second half of the order, with lanes; return the stream (T, D), lanes merged."""
+    x_TD, x0_TD, stack = encoded
+    lanes_on = 0 < sizes["lane_start"] < sizes["num_layers"]
+    attn_lane, mlp_lane, split = None, None, False
+    for row, layer in enumerate(order[len(order) // 2 :]):
+        if len(stack) > 0 and row < len(params["skip_weights"]):
+            skip_TD = stack.pop()
+            if not split:
+                x_TD = blend_skip(params, row, x_TD, skip_TD, sizes)
+            elif skip_to_lanes:
+                attn_lane = blend_skip(params, row, attn_lane, skip_TD, sizes)
+        if lanes_on and layer >= sizes["lane_start"] and not split:
+            attn_lane, mlp_lane, split = x_TD, x_TD, True
+        if split:
+            attn_lane = attention_half(params, layer, attn_lane, x0_TD, tokens_T, sizes)
+            mlp_lane = mlp_half(params, layer, mlp_lane, sizes)
+        else:
+            x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
+            x_TD = mlp_half(params, layer, x_TD, sizes)
+    if split:
+        merge = params["lane_merge"]
+        x_TD = merge * attn_lane + (1 - merge) * mlp_lane
+    return x_TD
+
+
+def forward(params, tokens_BT, order, sizes, skip_to_lanes=True):
+    """Return logits (B, T, V) after the softcap, one sequence at a time.
+
+    params: {name: tensor}, names and shapes as param_shapes() lists them, all of one dtype.
+    order: physical layer per virtual position (virtual_order).
+    sizes: dict of num_layers, num_heads, num_kv_heads, head_dim, rope_dims (0: all), rope_base,
+        train_seq_len, ve_layers, xsa_last_n, lane_start (0 or >= num_layers: no lanes),
+        logit_softcap, ln_scale, skip_gates.
+    skip_to_lanes: skip rows that arrive after the split join the attention lane (PR #1395);
+        False loses them (PR #1471).
+    """
+    logits = []
+    for tokens_T in tokens_BT:
+        encoded = encode(params, tokens_T, order, sizes)
+        x_TD = decode(params, tokens_T, order, sizes, skip_to_lanes, encoded)
+        raw_TV = rms_norm(x_TD) @ params["tok_emb.weight"].T
+        logits.append(sizes["logit_softcap"] * torch.tanh(raw_TV / sizes["logit_softcap"]))
+    return torch.stack(logits)
+
+
+def loss(params, tokens_BT, targets_BT, order, sizes, skip_to_lanes=True):
+    """Return the mean negative log-likelihood per target, in nats, a scalar tensor."""
+    logits_BTV = forward(params, tokens_BT, order, sizes, skip_to_lanes)
+    log_norm_BT = torch.logsumexp(logits_BTV, dim=-1)
+    target_logit_BT = torch.gather(logits_BTV, 2, targets_BT[..., None])[..., 0]
+    return torch.mean(log_norm_BT - target_logit_BT)
+
+
+# ---- 3. Optimizer -------------------------------------------------------------------------
+
+
+def newton_schulz(g_RC, steps=5, dtype=torch.bfloat16):
+    """Return g with its singular values pushed towards 1, (R, C) in dtype.
+
+    In bfloat16 the order of operations matters: 2.0315 P is rounded before it meets P.
+    Source: Muon, as in PR #1471.
+    """
+    a, b, c = NS_COEFFICIENTS
+    x = g_RC.to(dtype)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    x = x / (torch.linalg.vector_norm(x) + 1e-7)
+    for _ in range(steps):
+        p = x @ x.T
+        x = a * x + (b * p + (c * p) @ p) @ x
+    return x.T if tall else x
+
+
+def muon_step(
+    weight_RC, grad_RC, buffer_RC, lr, momentum, weight_decay, steps=5, dtype=torch.bfloat16
+):
+    """Return (new weight, new momentum buffer) of one matrix; the arguments stay untouched.
+
+    Nesterov direction, rows normalised ("MuonEq-R"), orthogonalised in dtype, decay decoupled.
+    Source: PR #1471.
+    """
+    rows, columns = weight_RC.shape
+    buffer_RC = momentum * buffer_RC + grad_RC
+    direction = grad_RC + momentum * buffer_RC
+    norm_R = torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+    direction = direction / torch.clamp(norm_R, min=1e-7)
+    update = newton_schulz(direction, steps, dtype) * math.sqrt(max(1.0, rows / columns))
+    weight_RC = (1 - lr * weight_decay) * weight_RC - lr * update.to(weight_RC.dtype)
+    return weight_RC, buffer_RC
+
+
+def adamw_step(
+    param, grad, exp_avg, exp_avg_sq, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+):
+    """Return (param, first moment, second moment) after AdamW step number `step`, from 1."""
+    beta1, beta2 = betas
+    param = (1 - lr * weight_decay) * param
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+    mean = exp_avg / (1 - beta1**step)
+    variance = exp_avg_sq / (1 - beta2**step)
+    return param - lr * mean / (torch.sqrt(variance) + eps), exp_avg, exp_avg_sq
+
+
+def clip(grads, max_norm):
+    """Return (list of scaled gradients, global L2 norm before scaling); max_norm 0: off."""
+    total = math.sqrt(sum(float(torch.sum(g.double() ** 2)) for g in grads))
+    factor = min(1.0, max_norm / (total + 1e-6)) if max_norm > 0 else 1.0
+    return [g * factor for g in grads], total
+
+
+def ema_step(shadow, weight, decay):
+    """Return the moving average after one step, no bias correction."""
+    return decay * shadow + (1 - decay) * weight
+
+
+# ---- 4. Schedules -------------------------------------------------------------------------
+
+
+def lr_multiplier(progress, warmdown_frac, min_lr=0.0):
+    """Return the learning-rate multiplier: 1, then linear to 0 over the last warmdown_frac.
+
+    progress: elapsed share of the budget, 0..1; min_lr: floor, reached only inside the warmdown.
+    warmdown_frac 0: always 1. Source: PR #1471.
+    """
+    if warmdown_frac <= 0 or progress < 1 - warmdown_frac:
+        return 1.0
+    return max((1 - progress) / warmdown_frac, min_lr)
+
+
+def muon_momentum(step, warmup_steps=1500, start=0.92, final=0.99):
+    """Return Muon's momentum at 0-based step: linear, start to final; warmup_steps 0: final."""
+    share = min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
+    return (1 - share) * start + share * final
+
+
+# ---- 5. Quantisation ----------------------------------------------------------------------
+
+
+def row_scale(w_RC, k=12.85, max_code=31, floor=1 / 31):
+    """Return quantization steps (R,), in the dtype of w, holding values float16 can hold.
+
+    k: clip radius in unbiased row standard deviations; floor: least step, weight units.
+    Source: PR #1471.
+    """
+    steps = []
+    for row in w_RC:
+        radius = torch.clamp(k * torch.std(row, unbiased=True), min=1e-6)
+        steps.append(torch.clamp(radius / max_code, min=floor))
+    return torch.stack(steps).to(torch.float16).to(w_RC.dtype)
+
+
+def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01):
+    """Return int8 codes (R, C) by GPTQ, one column at a time, no blocks.
+
+    Columns are visited by descending Hessian diagonal (stable); the error of each is spread over
+    the ones still to come. Columns whose diagonal is zero are dead: their codes are 0.
+    damp: share of the mean diagonal (dead ones counted as 1) added to the diagonal.
+    Raises torch.linalg.LinAlgError when the damped Hessian is not positive definite.
+    Source: GPTQ (arXiv 2210.17323), as in PR #1471.
+    """
+    w, hessian = w_RC.clone(), hessian_CC.clone()
+    columns = w.shape[1]
+    for c in range(columns):
+        if hessian_CC[c, c] == 0:
+            hessian[c, c] = 1
+            w[:, c] = 0
+    hessian = hessian + damp * torch.mean(torch.diagonal(hessian)) * torch.eye(
+        columns, dtype=hessian.dtype, device=hessian.device
+    )
+    visit = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    w, hessian = w[:, visit], hessian[visit][:, visit]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    codes_RC = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
+    for j in range(columns):
+        code_R = torch.clamp(torch.round(w[:, j] / step_R), -max_code, max_code)
+        error_R = (w[:, j] - code_R * step_R) / upper[j, j]
+        for later in range(j + 1, columns):
+            w[:, later] = w[:, later] - error_R * upper[j, later]
+        codes_RC[:, visit[j]] = code_R.to(torch.int8)
+    return codes_RC
+
+
+def round_to_nearest_int8(w_RC, k=20.0, floor=1 / 127):
+    """Return (codes int8 (R, C), stored steps float16 (R,)), for the embedding tables.
+
+    Codes come from the float32 step, only the stored step is float16. Source: PR #1471.
+    """
+    w_RC = w_RC.to(torch.float32)
+    codes, steps = [], []
+    for row in w_RC:
+        radius = torch.clamp(k * torch.std(row, unbiased=True), min=1e-6)
+        step = torch.clamp(radius / 127, min=floor)
+        clipped = torch.maximum(torch.minimum(row, radius), -radius)
+        codes.append(torch.clamp(torch.round(clipped / step), -127, 127).to(torch.int8))
+        steps.append(step.to(torch.float16))
+    return torch.stack(codes), torch.stack(steps)
+
+
+def weighted_error(w_RC, dequantized_RC, hessian_CC):
+    """Return the sum over rows of d H d' with d the rounding error, a float."""
+    total = 0.0
+    for d_C in (dequantized_RC - w_RC).double():
+        total += float(d_C @ hessian_CC.double() @ d_C)
+    return total
+
+
+def order0_bits(codes):
+    """Return the order-0 entropy of an integer array (any shape), in bits per code."""
+    counts = {}
+    for code in np.asarray(codes).reshape(-1).tolist():
+        counts[code] = counts.get(code, 0) + 1
+    total = sum(counts.values())
+    return -sum(n / total * math.log2(n / total) for n in counts.values())
+
+
+# ---- 6. Evaluation ------------------------------------------------------------------------
+
+
+def window_starts(num_targets, seq_len, stride):
+    """Return the starts of all windows: 0, stride, ... while start + seq_len - stride < targets.
+
+    Window 0 is always there, even when the stream is shorter than that. Source: PR #1471.
+    """
+    starts, start = [], 0
+    while start == 0 or start + (seq_len - stride) < num_targets:
+        starts.append(start)
+        start += stride
+    return starts if num_targets > 0 else []
+
+
+def sliding_windows(num_targets, seq_len, stride):
+    """Return [(start, [scored stream positions])]. Source: PR #1471.
+
+    Window 0 scores all it covers; every other one what follows its first seq_len - stride.
+    """
+    windows = []
+    for start in window_starts(num_targets, seq_len, stride):
+        end = min(start + seq_len, num_targets)
+        first = 0 if start == 0 else start + seq_len - stride
+        windows.append((start, [p for p in range(start, end) if p >= first]))
+    return windows
+
+
+def count_scored(windows, num_targets):
+    """Return how often each stream position is scored, a list of num_targets ints."""
+    counts = [0] * num_targets
+    for _, positions in windows:
+        for position in positions:
+            counts[position] += 1
+    return counts
+
+
+def byte_table(pieces, vocab_size):
+    """Return {"bytes", "leadspace", "boundary"} arrays (V,) for byte_cost().
+
+    pieces: [(text, kind)] by id, kind one of "normal", "byte", "control", "unknown", "unused".
+    Ids past the last piece stay 0 bytes and a boundary. Source: challenge baseline script.
+    """
+    table = {
+        "bytes": np.zeros(vocab_size, dtype=np.int64),
+        "leadspace": np.zeros(vocab_size, dtype=bool),
+        "boundary": np.ones(vocab_size, dtype=bool),
+    }
+    for i, (text, kind) in enumerate(pieces):
+        if kind in ("control", "unknown", "unused"):
+            continue
+        table["boundary"][i] = False
+        if kind == "byte":
+            table["bytes"][i] = 1
+            continue
+        if text.startswith("\u2581"):
+            table["leadspace"][i] = True
+            text = text[1:]
+        table["bytes"][i] = len(text.encode("utf-8"))
+    return table
+
+
+def byte_cost(prev_id, target_id, table):
+    """Return the bytes target_id stands for after prev_id, an int; a space counts as one byte.
+
+    table: {"bytes", "leadspace", "boundary"} arrays over ids. Source: challenge baseline script.
+    """
+    cost = int(table["bytes"][target_id])
+    if bool(table["leadspace"][target_id]) and not bool(table["boundary"][prev_id]):
+        cost += 1
+    return cost
