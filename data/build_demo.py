@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 try:
     import sentencepiece
-
     import shards
     MISSING = None
 except ImportError as error:  # reported by main, so that --help works without them
@@ -135,11 +134,12 @@ def read_topics():
 def read_modules(root, counts):
     """Return {module: [Paragraph]} of the standard library's docstrings and longer comments."""
     modules = {}
-    warnings.simplefilter("ignore", SyntaxWarning)  # of the library's own source, not ours
     for name, path in stdlib_files(root):
         try:
             source = importlib.util.decode_source(path.read_bytes())
-            tree = ast.parse(source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the library's own source, not ours
+                tree = ast.parse(source)
         except (SyntaxError, UnicodeDecodeError, ValueError):
             counts["modules_unreadable"] += 1
             continue
