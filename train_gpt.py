@@ -608,17 +608,27 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value) -> list:
+        """Return every rank's value on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def first(self, function, *args):
-        """Run `function` on rank 0 alone and return its result, or raise its error, everywhere."""
-        outcome = None
+        """Run `function` on rank 0 alone and return its result everywhere; its mistakes are raised everywhere."""
+        outcome = None, None
         if self.is_main:
             try:
                 outcome = function(*args), None
             except (ValueError, OSError) as error:
-                outcome = None, error
-        result, error = self.share(outcome)
-        if error is not None:
-            raise error
+                if self.world_size == 1:
+                    raise
+                outcome = None, str(error)
+        result, fault = self.share(outcome)
+        if fault is not None:
+            raise ConfigError([fault])
         return result
 
     def close(self):
@@ -1373,7 +1383,7 @@ def layouts_of(config: Config) -> tuple[Layout, Layout]:
 
 def parameter(*shape: int, role: Role, dtype=torch.float32) -> nn.Parameter:
     """Return an uninitialised parameter that carries its role."""
-    made = nn.Parameter(torch.empty(*shape, dtype=dtype))
+    made = nn.Parameter(torch.empty(shape, dtype=dtype))
     made.role = role
     return made
 
@@ -1806,3 +1816,1231 @@ class Average:
         """Put the averaged weights into the model."""
         for dtype, flat in self.bank.weights.items():
             flat.copy_(self.shadow[dtype])
+
+
+# == 7 Quantize: steps, GPTQ, the budget ==========================================================
+
+GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
+BASE_K, BASE_K_EMBED = 12.85, 20.0
+# The search's range: below 0.35 int6 rows would clip at 4.5 standard deviations.
+MULTIPLIER_RANGE = (0.35, 4.0)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How matrices of one kind become codes: range +-max_code, clip radius k in row stds, least step."""
+
+    max_code: int
+    k: float
+    floor: float
+    gptq: bool
+
+
+def clip_radius(w_NRC: Tensor, spec: QuantSpec, multiplier: float) -> Tensor:
+    """Return the clip radius (N, R), fp32, in weight units: multiplier * k standard deviations of the row."""
+    return (multiplier * spec.k * w_NRC.float().std(dim=2)).clamp_min(1e-6)
+
+
+def step_sizes(radius_NR: Tensor, spec: QuantSpec) -> Tensor:
+    """Return the steps (N, R), fp32, in weight units: the radius spans the code range, or the floor.
+
+    Raises ValueError on a step that fp16, in which steps are stored, cannot hold. Source: PR #1394.
+    """
+    steps = (radius_NR / spec.max_code).clamp_min(spec.floor)
+    if not torch.isfinite(steps.half()).all():
+        raise ValueError("weights are not finite or too large for fp16 steps: training diverged; lower the learning rates")
+    return steps
+
+
+def stored_steps(steps: Tensor) -> Tensor:
+    """Return the steps as reading them back gives them: fp32 values that fp16 holds."""
+    return steps.half().float()
+
+
+def round_to_nearest(w_NRC: Tensor, radius_NR: Tensor, steps_NR: Tensor, max_code: int) -> Tensor:
+    """Return codes (N, R, C) int8, each weight clipped to its row's radius and rounded on its own."""
+    clipped = w_NRC.clamp(-radius_NR[:, :, None], radius_NR[:, :, None])
+    return (clipped / steps_NR[:, :, None]).round().clamp(-max_code, max_code).to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What GPTQ needs of Hessians (N, C, C): column order, upper Cholesky factor of the inverse, damping used."""
+
+    order_NC: Tensor
+    upper_NCC: Tensor
+    dead_NC: Tensor
+    damp_N: Tensor
+
+
+def factor_hessians(hessian_NCC: Tensor) -> Factors:
+    """Return the factors of Hessians, columns by descending diagonal, damped by 1 % of the mean diagonal.
+
+    Worked out in float64, returned in the Hessians' dtype. Damping rises tenfold for a matrix that is not positive definite; raises ValueError after 100 %.
+    Source: GPTQ (arXiv 2210.17323) with act-order.
+    """
+    hessian = hessian_NCC.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1.0)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    damp = torch.full_like(mean, GPTQ_DAMP)
+    diagonal.add_(damp * mean)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    while True:
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        failed = info > 0
+        if not failed.any():
+            break
+        if damp.max() >= 1 or not torch.isfinite(hessian).all():
+            raise ValueError("calibration Hessian is not positive definite even when damped: statistics are damaged "
+                             "or not finite; calibrate again")
+        extra = torch.where(failed[:, None], 9 * damp, torch.zeros_like(damp))
+        hessian.diagonal(dim1=1, dim2=2).add_(extra * mean)
+        damp += extra
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return Factors(order, upper.to(hessian_NCC.dtype), dead, damp[:, 0])
+
+
+def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int) -> Tensor:
+    """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
+
+    Weights and factors share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is contiguous.
+    Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
+    """
+    count, rows, columns = w_NRC.shape
+    order = factors.order_NC[:, :, None].expand(count, columns, rows)
+    work = w_NRC.masked_fill(factors.dead_NC[:, None, :], 0.0).transpose(1, 2).gather(1, order)
+    upper, steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)
+    codes = torch.empty_like(work, dtype=torch.int8)
+    for start in range(0, columns, GPTQ_BLOCK):
+        end = min(start + GPTQ_BLOCK, columns)
+        errors = torch.empty_like(work[:, start:end])
+        for j in range(start, end):
+            code = (work[:, j] / steps).round_().clamp_(-max_code, max_code)
+            error = (work[:, j] - code * steps) / upper[:, j, j, None]
+            codes[:, j], errors[:, j - start] = code.to(torch.int8), error
+            if j + 1 < end:
+                work[:, j + 1:end] -= upper[:, j, j + 1:end, None] * error[:, None, :]
+        work[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
+    return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
+
+
+def dequantize(codes: Tensor, steps: Tensor) -> Tensor:
+    """Return the weights (…, R, C), fp32, that codes and stored steps (…, R) stand for."""
+    return codes.float() * steps.float()[..., None]
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Return the order-0 entropy of int8 codes, in bytes: what an ideal coder with one histogram needs."""
+    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
+    counts = counts[counts > 0]
+    return float((counts * (counts.sum() / counts).log2()).sum() / 8)
+
+
+def gaussian_bits(step: float, max_code: int) -> float:
+    """Return the entropy in bits of a unit Gaussian rounded to multiples of `step`, codes clipped to +-max_code."""
+    edges = (np.arange(-max_code, max_code) + 0.5) * step
+    below = np.array([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])
+    shares = np.diff(np.concatenate([[0.0], below, [1.0]]))
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, bytes]:
+    """Return (multiplier, packed bytes): the finest steps whose packed size is within the limit.
+
+    estimate_at(multiplier) -> bytes, cheap and falling; pack_at(multiplier) -> bytes object, the real
+    coder; report(multiplier, estimate, packed_bytes) is told of each packing. Bisects the estimate,
+    then corrects it by the ratio the real coder showed, until at most 0.1 % is unused. Outside
+    MULTIPLIER_RANGE it returns the nearest end, fitting or not.
+    """
+    estimates, best, seen, target = {}, None, [], limit_bytes
+    for _ in range(5):
+        multiplier = solve_estimate(estimate_at, target, estimates)
+        packed = pack_at(multiplier)
+        report(multiplier, estimates[multiplier], len(packed))
+        fits = len(packed) <= limit_bytes
+        if fits and (best is None or multiplier < best[0]):
+            best = multiplier, packed
+        at_end = multiplier == MULTIPLIER_RANGE[0] if fits else multiplier == MULTIPLIER_RANGE[1]
+        if at_end or (fits and len(packed) >= 0.999 * limit_bytes):
+            return multiplier, packed
+        # aim a little under the limit, along the line through the last two packings (or the origin)
+        seen = [*seen, (estimates[multiplier], len(packed))][-2:]
+        (e0, p0), (e1, p1) = seen if len(seen) == 2 and seen[0][1] != seen[1][1] else ((0, 0), seen[-1])
+        target = e1 + (0.9996 * limit_bytes - p1) * (e1 - e0) / (p1 - p0)
+    return best or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
+
+
+def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) -> float:
+    """Return the least multiplier, to 0.02 % of the bytes, whose estimate is at most `target_bytes`.
+
+    `known` keeps estimates between calls. Bisection in the logarithm, sped up by interpolation:
+    the entropy falls by about one bit a weight whenever the steps double.
+    """
+    def estimate(multiplier):
+        if multiplier not in known:
+            known[multiplier] = estimate_at(multiplier)
+        return known[multiplier]
+
+    low, high = MULTIPLIER_RANGE
+    if 1.0 not in known:
+        estimate(1.0)
+    for turn in range(20):
+        above = max((m for m in known if known[m] > target_bytes), default=None)
+        below = min((m for m in known if known[m] <= target_bytes), default=None)
+        if below is not None and (known[below] >= 0.9998 * target_bytes or below == low):
+            return below
+        if above == high:
+            return high
+        if above is None or below is None:  # widen towards the unexplored side
+            nearest = below if above is None else above
+            slope = -entropy_slope(known, nearest, target_bytes)
+            guess = nearest * 2 ** ((known[nearest] - 0.9999 * target_bytes) / slope)
+            guess = min(max(guess, low), high)
+        else:
+            share = (known[above] - 0.9999 * target_bytes) / (known[above] - known[below])
+            share = 0.5 if turn % 4 == 3 else min(max(share, 0.02), 0.98)
+            guess = above * (below / above) ** share
+        estimate(guess)
+    return below if below is not None else high
+
+
+def entropy_slope(known: dict[float, float], nearest: float, target_bytes: float) -> float:
+    """Return bytes lost per doubling of the steps near `nearest` (negative): from two points, else a guess."""
+    other = [m for m in known if m != nearest]
+    if not other:
+        return -0.25 * known[nearest]
+    other = min(other, key=lambda m: abs(math.log(m / nearest)))
+    return min((known[other] - known[nearest]) / math.log2(other / nearest), -0.05 * known[nearest])
+
+
+# == 8 Artifact: which tensor is stored how, the model as bytes and back ===========================
+
+INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
+
+
+def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
+    """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
+    storage = {}
+    for name, p in model.named_parameters():
+        if p.role is Role.EMBED:
+            storage[name] = "int8"
+        elif p.role is Role.MATRIX:
+            storage[name] = "int6" if p.numel() > config.fp16_max_numel else "float16"
+        else:
+            storage[name] = config.control_dtype
+    return storage
+
+
+class Quantizer:
+    """Averaged weights and their Hessians, ready to become codes at any step multiplier.
+
+    weights: name -> fp32 tensor. hessians: name -> (C, C), shared by weights that read one input.
+    Same-shape tensors of a kind are worked on at once, on `device`.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config, device):
+        self.storage = plan_storage(meta_model(config), config)
+        self.weights, self.groups, self.memo = weights, [], {}
+        self.specs = {
+            "int6": QuantSpec(INT6_MAX_CODE, config.sdclip_k or BASE_K, config.scale_floor, config.gptq_enabled),
+            "int8": QuantSpec(INT8_MAX_CODE, config.sdclip_k_embed or BASE_K_EMBED, config.scale_floor_embed,
+                              config.gptq_enabled and config.embed_gptq)}
+        self.redamped, self.gptq_names, self.rounded_names = {}, [], []
+        by_shape = {}
+        for name, kind in self.storage.items():
+            if kind in self.specs:
+                solved = self.specs[kind].gptq and name in hessians
+                (self.gptq_names if solved else self.rounded_names).append(name)
+                by_shape.setdefault((kind, solved, tuple(weights[name].shape)), []).append(name)
+        for (kind, solved, _), names in by_shape.items():
+            stacked = torch.stack([weights[name] for name in names]).to(device)
+            factors = self.factor(names, hessians, device) if solved else None
+            self.groups.append((names, kind, stacked, factors))
+
+    def factor(self, names: list[str], hessians: dict[str, Tensor], device) -> Factors:
+        factors = factor_hessians(torch.stack([hessians[name] for name in names]).to(device))
+        self.redamped.update({name: damp for name, damp in zip(names, factors.damp_N.tolist()) if damp > GPTQ_DAMP})
+        return factors
+
+    def codes_at(self, multiplier: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return name -> (codes (R, C) int8, steps (R,) fp16) at a step multiplier; the last result is kept."""
+        if multiplier not in self.memo:
+            self.memo = {multiplier: {}}
+            for names, kind, w_NRC, factors in self.groups:
+                spec = self.specs[kind]
+                radius = clip_radius(w_NRC, spec, multiplier)
+                steps = step_sizes(radius, spec)
+                if factors is not None:
+                    codes = gptq(w_NRC, factors, stored_steps(steps), spec.max_code)
+                else:  # int8 tables are rounded against the fp32 step, as published
+                    used = steps if kind == "int8" else stored_steps(steps)
+                    codes = round_to_nearest(w_NRC, radius, used, spec.max_code)
+                for name, c, s in zip(names, codes.cpu(), steps.half().cpu()):
+                    self.memo[multiplier][name] = c, s
+        return self.memo[multiplier]
+
+    def tensors_at(self, multiplier: float, with_codes: bool = True) -> dict[str, Tensor]:
+        """Return the artifact's tensors in the model's order."""
+        codes, tensors = self.codes_at(multiplier), {}
+        for name, kind in self.storage.items():
+            if kind in self.specs:
+                if with_codes:
+                    tensors[f"{name}.codes"] = codes[name][0]
+                tensors[f"{name}.steps"] = codes[name][1]
+            else:
+                tensors[name] = self.weights[name].to(DTYPES[kind])
+        return tensors
+
+    def bits(self, multiplier: float, kind: str) -> float:
+        """Return the mean order-0 entropy in bits of a code of the given kind."""
+        codes = [c for name, (c, _) in self.codes_at(multiplier).items() if self.storage[name] == kind]
+        return 8 * sum(map(entropy_bytes, codes)) / max(1, sum(c.numel() for c in codes))
+
+
+def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes: int, report) -> tuple[float, bytes]:
+    """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
+    def pack_at(multiplier):
+        return pack_tensors({**header, "multiplier": multiplier}, quantizer.tensors_at(multiplier), config.compressor)
+
+    if not config.search_k:
+        return 1.0, pack_at(1.0)
+    rest = len(pack_tensors(header, quantizer.tensors_at(1.0, with_codes=False), config.compressor))
+
+    def estimate_at(multiplier):
+        return rest + sum(entropy_bytes(codes) for codes, _ in quantizer.codes_at(multiplier).values())
+
+    return fit_budget(estimate_at, pack_at, limit_bytes, report)
+
+
+def restore_weights(tensors: dict[str, Tensor], config: Config, origin) -> dict[str, Tensor]:
+    """Return the fp32 weights by parameter name that an artifact's tensors stand for.
+
+    Raises ContainerError where a tensor is missing, extra, or of another shape than the model's.
+    """
+    model, state, left = meta_model(config), {}, dict(tensors)
+    for name, kind in plan_storage(model, config).items():
+        shape = model.get_parameter(name).shape
+        if kind in ("int6", "int8"):
+            parts = [(f"{name}.codes", shape, torch.int8), (f"{name}.steps", shape[:1], torch.float16)]
+        else:
+            parts = [(name, shape, DTYPES[kind])]
+        for part, expected, dtype in parts:
+            if part not in left or left[part].shape != expected or left[part].dtype != dtype:
+                raise ContainerError(f"{origin}: tensor {part} is missing or of another form than its configuration says")
+        found = [left.pop(part) for part, _, _ in parts]
+        state[name] = dequantize(*found) if len(found) == 2 else found[0].float()
+    if left:
+        raise ContainerError(f"{origin}: holds tensors the model does not have: {sorted(left)[:3]}")
+    return state
+
+
+def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
+    """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, before any training."""
+    model, fixed, per_kind = meta_model(config), 6000, {"int6": 0, "int8": 0}
+    storage = plan_storage(model, config)
+    for name, p in model.named_parameters():
+        if storage[name] in per_kind:
+            per_kind[storage[name]] += p.numel()
+            fixed += 2 * p.shape[0]
+        else:
+            fixed += p.numel() * DTYPES[storage[name]].itemsize
+
+    def total(multiplier):
+        k, k_embed = config.sdclip_k or BASE_K, config.sdclip_k_embed or BASE_K_EMBED
+        bits = (per_kind["int6"] * gaussian_bits(multiplier * k / INT6_MAX_CODE, INT6_MAX_CODE)
+                + per_kind["int8"] * gaussian_bits(multiplier * k_embed / INT8_MAX_CODE, INT8_MAX_CODE))
+        return code_bytes + fixed + int(bits / 8 * 1.003)
+
+    finest, coarsest = total(MULTIPLIER_RANGE[0]), total(MULTIPLIER_RANGE[1])
+    if not config.search_k:
+        floored = config.scale_floor or config.scale_floor_embed
+        return total(1.0), "at the given k" + ("; the scale floor makes it smaller" if floored else "")
+    if coarsest > config.artifact_max_bytes:
+        return coarsest, "does not fit at the coarsest steps: use a smaller model or a larger ARTIFACT_MAX_BYTES"
+    if finest < config.artifact_max_bytes:
+        return finest, f"{config.artifact_max_bytes - finest} bytes of the budget stay unused at the finest steps"
+    return int(0.9995 * config.artifact_max_bytes), "the search fills the budget"
+
+
+# == 9 Evaluate: windows and the score ============================================================
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over scored targets: nats (natural-log loss), tokens, bytes."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, first scored position inside each window): every target is scored exactly once.
+
+    Window 0 scores all it holds, each later one its positions from seq_len - stride on; the last may
+    run past the end and is padded there. stride = seq_len gives windows that do not overlap.
+    """
+    starts = np.arange(0, max(num_targets - (seq_len - stride), 1), stride)
+    return starts, np.where(starts == 0, 0, seq_len - stride)
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Some windows with one first scored position: tokens (B, T), targets (B, S), and which of them count."""
+
+    tokens_BT: np.ndarray
+    targets_BS: np.ndarray
+    counted_BS: np.ndarray
+    bytes: int
+
+
+def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank: int, world_size: int):
+    """Yield this rank's windows in batches of one static shape per first scored position."""
+    num_targets = len(text.target_bytes)
+    starts, first_scored = plan_windows(num_targets, seq_len, stride)
+    mine = slice(len(starts) * rank // world_size, len(starts) * (rank + 1) // world_size)
+    starts, first_scored = starts[mine], first_scored[mine]
+    for first in np.unique(first_scored):
+        group = starts[first_scored == first]
+        size = min(batch, len(group))
+        for at in range(0, len(group), size):
+            real = group[at:at + size]
+            padded = np.concatenate([real, np.full(size - len(real), num_targets)])  # windows past the end count nothing
+            where = padded[:, None] + np.arange(seq_len)
+            inside = where < num_targets
+            where = np.minimum(where, num_targets - 1)
+            counted = inside[:, first:]
+            yield WindowBatch(np.where(inside, text.tokens[where], 0), text.tokens[where[:, first:] + 1], counted,
+                              int(text.target_bytes[where[:, first:]][counted].sum()))
+
+
+def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime, progress=None) -> Score:
+    """Return the Score of a text. windows: (seq_len, stride, windows per forward).
+
+    losses_of(tokens_BT, targets_BS) -> nats (B, S) of the last S positions. Sums are float64.
+    """
+    seq_len, stride, batch = windows
+    total_windows = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) / runtime.world_size
+    nats, tokens, target_bytes, done, since = [], 0, 0, 0, time.perf_counter()
+    with torch.inference_mode():
+        for part in window_batches(text, seq_len, stride, batch, runtime.rank, runtime.world_size):
+            inputs, targets, counted = (torch.from_numpy(x).to(runtime.device, non_blocking=True)
+                                        for x in (part.tokens_BT, part.targets_BS, part.counted_BS))
+            losses = losses_of(inputs, targets).double()
+            nats.append((losses * counted).sum())
+            tokens, target_bytes = tokens + int(part.counted_BS.sum()), target_bytes + part.bytes
+            done += len(inputs)
+            if progress:
+                progress(min(done, int(total_windows)), int(total_windows), since)
+        total = torch.stack(nats).sum() if nats else torch.zeros((), dtype=torch.float64, device=runtime.device)
+    sums = runtime.sum_(torch.tensor([total.item(), tokens, target_bytes], dtype=torch.float64))
+    return Score(sums[0].item(), int(sums[1]), int(sums[2]))
+
+
+# == 10 Train =====================================================================================
+
+def micro_batch_sequences(config: Config, world_size: int) -> int:
+    """Return windows per forward on one rank: the largest even split of its share within MICRO_BATCH_TOKENS."""
+    share = config.train_batch_tokens // config.train_seq_len // world_size
+    most = max(1, config.micro_batch_tokens // config.train_seq_len)
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    model: GPT
+    optimizers: Optimizers
+    average: Average | None
+    layout: Layout
+    step: int = 0
+
+
+class Trainer:
+    """The training loop and its warm-up. `validate(layout)` returns a Score and runs off the clock."""
+
+    def __init__(self, state: TrainState, config: Config, runtime: Runtime, log: Log, clock: Clock):
+        self.state, self.config, self.runtime, self.log, self.clock = state, config, runtime, log, clock
+        self.plain_layout, self.recurrent_layout = layouts_of(config)
+        self.micro = micro_batch_sequences(config, runtime.world_size)
+        self.mean_loss = runtime.compile(state.model.mean_loss)
+        self.token_losses = runtime.compile(state.model.token_losses)
+        self.step_seconds = {}  # layout -> seconds of a step, from warm-up
+
+    def losses_of(self, layout: Layout):
+        """Return the evaluation function of `score` under one layout."""
+        return lambda tokens, targets: self.token_losses(tokens, targets, layout)
+
+    def update(self, windows: Tensor, layout: Layout, rates: Rates) -> Tensor:
+        """Make one optimizer step on this rank's windows (B, T + 1); returns their mean loss, on the device."""
+        optimizers, parts = self.state.optimizers, windows.split(self.micro)
+        optimizers.zero_grad()
+        total = torch.zeros((), device=self.runtime.device)
+        for part in parts:
+            loss = self.mean_loss(part[:, :-1].contiguous(), part[:, 1:].contiguous(), layout)
+            (loss / len(parts)).backward()
+            total += loss.detach()
+        optimizers.reduce_and_clip()
+        optimizers.step(rates)
+        return total / len(parts)
+
+    def synthetic(self, sequences: int, seq_len: int) -> Tensor:
+        """Return random windows (sequences, seq_len + 1) that touch neither data order nor global RNG."""
+        generator = torch.Generator().manual_seed(0)
+        windows = torch.randint(self.config.vocab_size, (sequences, seq_len + 1), generator=generator)
+        return windows.to(self.runtime.device)
+
+    def warm_up(self):
+        """Compile every graph and time a step of each layout on synthetic text, then undo all of it."""
+        config, bank = self.config, self.state.optimizers.bank
+        layouts = list(dict.fromkeys((self.plain_layout, self.recurrent_layout)))
+        saved = {dtype: flat.clone() for dtype, flat in bank.weights.items()}
+        share = config.train_batch_tokens // config.train_seq_len // self.runtime.world_size
+        windows, steps = self.synthetic(share, config.train_seq_len), max(config.warmup_steps, 2 * len(layouts))
+        for i in range(steps):
+            layout, since = layouts[i % len(layouts)], time.perf_counter()
+            self.update(windows, layout, schedule(config, 0, 0.0))
+            self.runtime.synchronize()
+            self.step_seconds[layout] = self.runtime.agree(time.perf_counter() - since)
+            if i < 6 or (i + 1) % 10 == 0 or i + 1 == steps:
+                self.log.event("warmup_step", step=i + 1, steps=steps)
+        if self.runtime.compiles:
+            self.compile_evaluation(layouts)
+        for dtype, flat in bank.weights.items():
+            flat.copy_(saved[dtype])
+        self.state.optimizers.reset()
+        self.state.optimizers.zero_grad()
+
+    def compile_evaluation(self, layouts: list[Layout]):
+        """Run the evaluation graph of each layout once in the shape that validation uses."""
+        config = self.config
+        windows = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
+        with torch.inference_mode():
+            for layout in layouts:
+                self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), layout)
+
+    def train(self, loader: Loader, budget_seconds: float, validate):
+        """Train until ITERATIONS or until one more step would pass `budget_seconds` (0: no limit)."""
+        state, config, clock = self.state, self.config, self.clock
+        pacer = Pacer(budget_seconds, self.runtime.agree)
+        pacer.expect(self.step_seconds.get(state.layout, 0.0))
+        began = time.perf_counter()
+        with clock.span("train"):
+            while True:
+                self.runtime.synchronize()
+                elapsed = pacer.elapsed(clock.training_seconds())
+                progress = elapsed / budget_seconds if budget_seconds else state.step / max(1, config.iterations)
+                rates = schedule(config, state.step, progress)
+                if rates.recurrent and state.layout != self.recurrent_layout:
+                    state.layout = self.recurrent_layout
+                    pacer.expect(self.step_seconds.get(state.layout, 0.0))
+                    self.log.event("recurrence", step=state.step, order=list(state.layout.order))
+                last = state.step >= config.iterations or not pacer.fits()
+                if last or (config.val_loss_every and state.step % config.val_loss_every == 0):
+                    with clock.span("validation"):
+                        found = validate(state.layout)
+                    self.log.event("val", step=state.step, iterations=config.iterations, val_loss=found.loss,
+                                   val_bpb=found.bpb, train_seconds=round(elapsed, 3))
+                if last:
+                    break
+                loss = self.update(loader.batch(state.step), state.layout, rates)
+                state.average.update()
+                state.step += 1
+                self.report(loss, began)
+        if state.step < config.iterations:
+            self.log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(), step=state.step,
+                           iterations=config.iterations)
+
+    def report(self, loss: Tensor, began: float):
+        """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names; raises ValueError when it is not finite."""
+        step, config = self.state.step, self.config
+        self.log.progress("training", step, config.iterations, began)
+        if not config.train_log_every or not (step <= 5 or step % config.train_log_every == 0):
+            return
+        mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
+        if not math.isfinite(mean):
+            raise ValueError(f"training loss is {mean} at step {step}: diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+        seconds = self.clock.training_seconds()
+        self.log.event("train", step=step, iterations=config.iterations, train_loss=mean, train_minutes=seconds / 60,
+                       tokens_per_second=step * config.train_batch_tokens / max(seconds, 1e-9),
+                       train_seconds=round(seconds, 3))
+
+
+def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
+    """Return FLOPs of one token's forward pass: matrix products and causal attention."""
+    d = config.model_dim
+    layer = 2 * (2 * d * d + 2 * d * config.kv_dim + 2 * d * config.mlp_dim) + 2 * d * config.train_seq_len
+    return len(order) * layer + 2 * d * config.vocab_size
+
+
+def matmul_flops_per_second(device, dtype) -> float:
+    """Return the rate of one large matrix product on this device, measured over about 0.2 s."""
+    size = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    done, since, sync = 0, time.perf_counter(), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a @ a
+    sync()
+    since = time.perf_counter()
+    while time.perf_counter() - since < 0.2:
+        a @ a
+        sync()
+        done += 1
+    return done * 2 * size ** 3 / (time.perf_counter() - since)
+
+
+def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
+    """Return (steps, seconds a step) as expected before training; a rough guess from one matrix product.
+
+    PR #1471's step runs at 36 % of its GPU's measured matrix rate; eager CPU steps were seen near 40 %.
+    """
+    share = 0.36 if runtime.device.type == "cuda" else 0.4
+    rate = share * matmul_flops_per_second(runtime.device, runtime.compute_dtype) * runtime.world_size
+    seconds = 3 * forward_flops_per_token(config, config.recurrent_order) * config.train_batch_tokens / rate
+    if not config.max_wallclock_seconds:
+        return config.iterations, seconds
+    return min(config.iterations, int(config.max_wallclock_seconds / seconds)), seconds
+
+
+def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int:
+    """Return the bytes one eager training forward keeps for its backward, found by tracing it without memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage._cdata] = storage, storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(), torch.device(device):
+        model = GPT(config, dtype=dtype)
+        tokens = torch.zeros(sequences, config.train_seq_len, dtype=torch.int64)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.mean_loss(tokens, tokens, layouts_of(config)[1])
+    return sum(nbytes for key, (_, nbytes) in seen.items() if key not in weights)
+
+
+def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
+    """Return the expected peak memory of training on one rank: device memory, or this process on CPU."""
+    roles = {role: sum(p.numel() for p in group) for role, group in partition(meta_model(config)).items()}
+    low, total = runtime.compute_dtype.itemsize, sum(roles.values())
+    in_dtype = low * roles[Role.EMBED] + 4 * (total - roles[Role.EMBED])
+    optimizer = 2 * low * roles[Role.EMBED] + 8 * roles[Role.CONTROL] + 4 * roles[Role.MATRIX] / runtime.world_size
+    state = 3 * in_dtype + 4 * total + optimizer  # weights, gradients, the warm-up's copy; average; moments
+    sequences = micro_batch_sequences(config, runtime.world_size)
+    activations = saved_activation_bytes(config, sequences, runtime.device, runtime.compute_dtype)
+    logits = 4 * sequences * config.train_seq_len * config.vocab_size
+    if runtime.compiles:  # fused graphs keep about half of what eager ones do: 33.1 GiB in PR #1471's logs
+        return int(state + 0.5 * activations)
+    resident = resident_peak_bytes() if runtime.device.type == "cpu" else 0
+    return int(resident + state + activations + 2 * logits)
+
+
+# == 11 Calibrate =================================================================================
+
+HEAD_INPUT = "head"  # the final normed hidden state, which the tied table reads as output head
+
+
+def collect_stats(model: GPT, layout: Layout, batches, names: list[str]) -> tuple[dict[str, Tensor], int]:
+    """Return (sum of x xT over all tokens by observed module, tokens): the Hessians' raw sums, fp32.
+
+    names: modules whose inputs are observed, or HEAD_INPUT for the final hidden state. batches:
+    iterable of tokens (B, T). A layer that runs twice contributes both inputs.
+    """
+    sums, tokens, handles = {}, 0, []
+
+    def add(name, x):
+        flat = x.detach().flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+        sums[name].addmm_(flat.T, flat)
+
+    for name in names:
+        if name != HEAD_INPUT:
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+            handles.append(hook)
+    try:
+        with torch.no_grad():
+            for tokens_BT in batches:
+                hidden = model(tokens_BT, layout)
+                if HEAD_INPUT in names:
+                    add(HEAD_INPUT, hidden)
+                tokens += tokens_BT.numel()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums, tokens
+
+
+class Calibration:
+    """Hessians of every matrix that GPTQ will quantise, from training windows, split over the ranks."""
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime):
+        self.model, self.config, self.runtime = model, config, runtime
+        storage = plan_storage(model, config)
+        self.readers = {name: kept for name, readers in model.input_groups().items()
+                        if (kept := [reader for reader in readers if storage[reader] == "int6"])}
+        if config.embed_gptq:
+            self.readers[HEAD_INPUT] = ["tok_emb.weight"]
+        self.sequences = max(1, min(config.micro_batch_tokens, config.train_batch_tokens // 8) // config.train_seq_len)
+        self.forward_seconds = 0.0
+
+    def shares(self) -> list[tuple[int, int]]:
+        """Return (position in the training order, count) of each forward of this rank."""
+        config, runtime = self.config, self.runtime
+        first_only = config.hessian_ranks == "first"
+        # PR #1471: rank 0's eighth of each of the first training batches; else consecutive windows
+        apart = config.train_batch_tokens // config.train_seq_len if first_only else self.sequences
+        starts = range(0, -(-config.calibration_sequences // self.sequences))
+        shares = [(i * apart, min(self.sequences, config.calibration_sequences - i * self.sequences)) for i in starts]
+        return shares[runtime.rank::runtime.world_size] if not first_only else shares * (runtime.rank == 0)
+
+    def forwards(self) -> int:
+        """Return the most forwards any rank makes."""
+        return int(self.runtime.agree(len(self.shares())))
+
+    def measure(self, layout: Layout, tokens_BT: Tensor) -> float:
+        """Return the seconds of one calibration forward, timed on synthetic text."""
+        for _ in range(2):  # the first one warms the library up
+            self.runtime.synchronize()
+            since = time.perf_counter()
+            collect_stats(self.model, layout, [tokens_BT], list(self.readers))
+            self.runtime.synchronize()
+            self.forward_seconds = self.runtime.agree(time.perf_counter() - since)
+        return self.forward_seconds
+
+    def reserve_seconds(self) -> float:
+        """Return the training time to keep for calibration: as measured, a fifth and a quarter second more."""
+        return max(self.config.gptq_reserve_seconds, 1.2 * self.forwards() * self.forward_seconds + 0.25)
+
+    def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
+        """Return mean Hessians by observed module, within what the wallclock limit leaves."""
+        shares, planned, sums, tokens = self.shares(), self.forwards(), {}, 0
+        limit = self.config.max_wallclock_seconds
+        for done in range(planned):
+            spent = self.runtime.agree(clock.training_seconds())
+            if limit and done and spent + 1.2 * self.forward_seconds > limit:
+                log.event("calibration_short", done=done, planned=planned)
+                break
+            if done < len(shares):
+                windows = loader.read(*shares[done])
+                found, count = collect_stats(self.model, layout, [windows[:, :-1]], list(self.readers))
+                tokens += count
+                for name, value in found.items():
+                    sums[name] = sums[name] + value if name in sums else value
+        for name in self.readers:
+            columns = self.columns(name)
+            sums.setdefault(name, torch.zeros(columns, columns, device=self.runtime.device))
+            self.runtime.sum_(sums[name])
+        total = self.runtime.sum_(torch.tensor(float(tokens), dtype=torch.float64)).item()
+        return {name: sums[name] / total for name in self.readers}
+
+    def columns(self, name: str) -> int:
+        return self.model.get_parameter(self.readers[name][0]).shape[1]
+
+
+# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
+
+TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run keeps its products; each stage meets the next one only here."""
+
+    run_id: str
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / self.run_id
+
+    weights = property(lambda self: self.folder / "final_model.weights")
+    stats = property(lambda self: self.folder / "final_model.stats")
+    artifact = property(lambda self: self.folder / "final_model.int6.ptz")
+    scores = property(lambda self: self.folder / "scores.json")
+    events = property(lambda self: self.folder / "events.jsonl")
+    text_log = property(lambda self: Path("logs") / f"{self.run_id}.txt")
+
+    def source(self, config: Config, product: Path) -> Path:
+        """Return where a stage reads `product`: INPUT_PATH (a run's folder, or the file itself), else this run."""
+        given = Path(config.input_path or self.folder)
+        return given if given.is_file() else given / product.name
+
+
+@dataclass(frozen=True)
+class Session:
+    """What every stage needs."""
+
+    config: Config
+    runtime: Runtime
+    log: Log
+    clock: Clock
+    files: RunFiles
+    attend: object = attention_sdpa
+
+    def build_model(self) -> GPT:
+        with torch.device(self.runtime.device):
+            return GPT(self.config, self.attend, self.runtime.compute_dtype)
+
+
+def code_bytes() -> int:
+    return Path(__file__).stat().st_size
+
+
+def input_product(config: Config, files: RunFiles) -> tuple[Path, str] | None:
+    """Return (file, kind) of what a lone later stage starts from."""
+    products = {"quantize": (files.weights, "weights"), "evaluate": (files.artifact, "artifact")}
+    if config.stage not in products:
+        return None
+    product, kind = products[config.stage]
+    return files.source(config, product), kind
+
+
+def file_faults(config: Config, files: RunFiles) -> list[str]:
+    """Return faults of inputs and outputs: missing stage inputs, products that would be overwritten, a full disk."""
+    faults = []
+    start = input_product(config, files)
+    if start and not start[0].is_file():
+        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH to a run that has it")
+    if config.stage == "quantize" and config.gptq_enabled and start[0].is_file():
+        stats = start[0].with_name(files.stats.name)
+        if not stats.is_file():
+            faults.append(f"STAGE=quantize: {stats} does not exist; calibrate (STAGE=train) or set GPTQ_ENABLED=0")
+    outputs = {"train": [files.weights, files.stats], "quantize": [files.artifact], "evaluate": [files.scores]}
+    made = [path for stage in STAGES if config.runs(stage) for path in outputs[stage] if path.exists()]
+    if made:
+        faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose another RUN_ID")
+    try:
+        free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
+        if free < need:
+            faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; free some space")
+    except OSError as error:
+        faults.append(f"disk: {error}")
+    if not os.access(".", os.W_OK):
+        faults.append(f"{Path.cwd()}: not writable, and logs/ and runs/ go here; start in another folder")
+    return faults
+
+
+def disk_need_bytes(config: Config) -> int:
+    """Return the bytes a run may write: weights and Hessians in fp32, the artifact, logs."""
+    model, need = meta_model(config), 8 << 20
+    if config.runs("train"):
+        need += sum(4 * p.numel() for p in model.parameters())
+        groups = [readers[0] for readers in model.input_groups().values()] + ["tok_emb.weight"]
+        need += sum(4 * model.get_parameter(name).shape[1] ** 2 for name in groups)
+    return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
+
+
+def package_faults(config: Config) -> list[str]:
+    """Return missing packages and coders that do not give back what they got."""
+    faults = []
+    if sentencepiece is None and config.stage != "quantize":
+        faults.append("sentencepiece is not installed: pip install sentencepiece")
+    needs_brotli = config.compressor == "brotli"
+    if needs_brotli and brotli is None:
+        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
+    try:
+        sample = bytes(range(256)) * 8
+        assert decompress(compress(sample, config.compressor), config.compressor, len(sample)) == sample
+    except Exception as error:
+        faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); pip install -U 'brotli>=1.2'")
+    return faults
+
+
+def world_faults(config: Config, runtime: Runtime) -> list[str]:
+    """Return faults between the settings and the number of ranks."""
+    sequences = config.train_batch_tokens // config.train_seq_len
+    if config.runs("train") and sequences % runtime.world_size:
+        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the {sequences} windows of a step "
+                f"(TRAIN_BATCH_TOKENS={config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len}); change one"]
+    return []
+
+
+def predictions(config: Config, runtime: Runtime) -> dict:
+    """Return what can be told before a run: parameters, steps, memory, artifact bytes."""
+    report = dict(parameters=sum(p.numel() for p in meta_model(config).parameters()))
+    if config.runs("train"):
+        steps, seconds = predict_steps(config, runtime)
+        report.update(predicted_steps=steps, predicted_step_ms=round(1000 * seconds, 1))
+        report.update(predicted_peak_mib=predict_peak_bytes(config, runtime) >> 20)
+    if config.runs("quantize"):
+        total, remark = predict_artifact_bytes(config, code_bytes())
+        report.update(predicted_total_bytes=total, artifact_remark=remark)
+    return report
+
+
+def prediction_lines(config: Config, runtime: Runtime, report: dict) -> str:
+    """Return the predictions as one readable line."""
+    parts = [f"{report['parameters']} parameters"]
+    if "predicted_steps" in report:
+        rule = "bounded by ITERATIONS" if not config.max_wallclock_seconds else "a rough guess"
+        parts.append(f"{report['predicted_steps']} steps of about {report['predicted_step_ms']} ms ({rule})")
+        parts.append(f"peak memory about {report['predicted_peak_mib']} MiB on {runtime.device.type}")
+    if "predicted_total_bytes" in report:
+        parts.append(f"code + artifact about {report['predicted_total_bytes']} of {config.artifact_max_bytes} bytes "
+                     f"({report['artifact_remark']})")
+    return "; ".join(parts)
+
+
+def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
+    """Return every fault, on all ranks together, that would end the run later; checked before any GPU time is spent."""
+    faults = package_faults(config) + world_faults(config, runtime) + data_faults(config)
+    if runtime.is_main:
+        faults += file_faults(config, files)
+    if runtime.is_main and config.runs("train") and runtime.device.type == "cuda":
+        total, peak = torch.cuda.get_device_properties(runtime.device).total_memory, predict_peak_bytes(config, runtime)
+        if peak > 1.3 * total:
+            faults.append(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about {peak >> 20} MiB of the "
+                          f"{total >> 20} MiB this GPU has; lower it")
+    return list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def describe_data(session: Session, text: Validation):
+    """Log what is scored and by which bytes."""
+    session.log.event("val_data", scored_tokens=len(text.target_bytes))
+    session.log.event("val_counts", scored_tokens=len(text.target_bytes), all_tokens=text.all_targets,
+                      legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
+                      table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
+
+
+def timed_score(session: Session, kind: str, losses_of, text: Validation, stride: int) -> Score:
+    """Score a text and log it as event `kind` with its time."""
+    config, since = session.config, time.perf_counter()
+    windows = (config.eval_seq_len, stride, config.eval_batch_windows)
+    found = score(losses_of, text, windows, session.runtime,
+                  lambda done, total, began: session.log.progress(kind, done, total, began))
+    session.runtime.synchronize()
+    session.log.event(kind, val_loss=found.loss, val_bpb=found.bpb, eval_ms=1000 * (time.perf_counter() - since),
+                      tokens=found.tokens, bytes=found.bytes)
+    return found
+
+
+def train_stage(session: Session) -> dict:
+    """Train, average, calibrate; write weights, then statistics. Returns facts for the result line."""
+    config, runtime, log, clock, files = (getattr(session, n) for n in ("config", "runtime", "log", "clock", "files"))
+    with clock.span("setup"):
+        text = load_validation(config)
+        shards = ShardSet(find_shards(config.shard_dir, "train"), config.train_seq_len)
+        log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens, windows=shards.num_windows)
+        describe_data(session, text)
+        trainer = start_training(session)
+    state = trainer.state
+    calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
+    with clock.span("warmup"):
+        budget = warm_up_and_budget(session, trainer, calibration)
+    state.average = Average(state.optimizers.bank, config.ema_decay)
+    loader = Loader(shards, config, runtime)
+    windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
+    trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text, windows, runtime))
+    allocated, reserved = runtime.peak_memory_mib()
+    log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
+    log.event("ema")
+    state.average.apply()
+    header = dict(config=artifact_config(config), order=list(state.layout.order), steps=state.step,
+                  tokenizer_sha256=file_sha256(config.tokenizer_file), train_sha256=shards.fingerprint())
+    with clock.span("write"):
+        size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), state.average.state(state.model))
+        log.event("weights", bytes=size)
+    log.event("code_size", bytes=code_bytes())
+    if calibration:
+        calibrate_and_write(session, calibration, state.layout, loader, header)
+    loader.close()
+    with clock.span("validation"):
+        prequant = timed_score(session, "prequant", trainer.losses_of(state.layout), text, config.eval_seq_len)
+        facts = dict(steps=state.step, prequant_bpb=prequant.bpb, train_seconds=round(clock.training_seconds(), 3),
+                     peak_memory_mib=allocated)
+        if config.prequant_sliding:
+            sliding = timed_score(session, "prequant_sliding", trainer.losses_of(state.layout), text, config.eval_stride)
+            facts.update(prequant_sliding_bpb=sliding.bpb)
+    return facts
+
+
+def start_training(session: Session) -> Trainer:
+    """Return a Trainer over a freshly initialised model."""
+    config, runtime, log = session.config, session.runtime, session.log
+    model = session.build_model()
+    model.init_weights(config.seed)
+    log.event("parameters", count=sum(p.numel() for p in model.parameters()))
+    groups = partition(model)
+    log.event("optimizer", matrices=len(groups[Role.MATRIX]), embeddings=len(groups[Role.EMBED]),
+              controls=len(groups[Role.CONTROL]))
+    state = TrainState(model, Optimizers(model, config, runtime), None, layouts_of(config)[0])
+    return Trainer(state, config, runtime, log, session.clock)
+
+
+def warm_up_and_budget(session: Session, trainer: Trainer, calibration: Calibration | None) -> float:
+    """Warm up, time calibration, fix the schedule's budget in seconds (0: bounded by steps), and say what follows."""
+    config, log = session.config, session.log
+    if config.warmup_steps:
+        trainer.warm_up()
+    budget = config.max_wallclock_seconds
+    if budget and calibration:
+        windows = trainer.synthetic(calibration.sequences, config.train_seq_len)
+        calibration.measure(trainer.recurrent_layout, windows[:, :-1])
+        reserve = calibration.reserve_seconds()
+        log.event("reserve_measured", batch_seconds=calibration.forward_seconds, forwards=calibration.forwards(),
+                  reserve_seconds=reserve)
+        budget -= reserve
+        if budget <= 0:
+            raise ConfigError([f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}: calibration alone needs "
+                               f"{reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES"])
+        log.event("reserve", reserve_seconds=reserve, effective_ms=1000 * budget)
+    describe_recurrence(session, trainer, budget)
+    return budget
+
+
+def describe_recurrence(session: Session, trainer: Trainer, budget: float):
+    """Say when the recurrent order starts, or that it never can."""
+    config = session.config
+    if trainer.plain_layout == trainer.recurrent_layout:
+        return
+    step_seconds = trainer.step_seconds.get(trainer.plain_layout)
+    steps = min(config.iterations, int(budget / step_seconds)) if budget and step_seconds else config.iterations
+    if config.recur_start_frac is not None:
+        never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
+    else:
+        never, when = config.recur_start_step >= steps, f"at step {config.recur_start_step} of about {steps}"
+    if never:
+        when = f"never: RECUR_START_STEP={config.recur_start_step}, about {steps} steps fit; set RECUR_START_FRAC"
+    session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
+                      order=list(trainer.recurrent_layout.order))
+
+
+def calibrate_and_write(session: Session, calibration: Calibration, layout: Layout, loader: Loader, header: dict):
+    """Collect Hessians on the clock, then write them."""
+    log, clock = session.log, session.clock
+    log.event("collecting")
+    since = clock.training_seconds()
+    with clock.span("calibrate"):
+        hessians = calibration.run(layout, loader, clock, log)
+    reported = sum(len(readers) for readers in calibration.readers.values())
+    log.event("collected", hessians=reported, seconds=clock.training_seconds() - since)
+    with clock.span("write"):
+        header = dict(header, kind="stats", readers=calibration.readers)
+        session.runtime.first(write_tensors, session.files.stats, header, hessians)
+
+
+def quantize_stage(session: Session) -> dict:
+    """Turn averaged weights and their Hessians into the artifact; no data, no forward. Rank 0 works alone."""
+    with session.clock.span("quantize"):
+        return session.runtime.first(quantize_files, session)
+
+
+def quantize_files(session: Session) -> dict:
+    """Read weights and statistics, write the artifact; returns its sizes and steps."""
+    log, files = session.log, session.files
+    source = files.source(session.config, files.weights)
+    header, weights = read_tensors(source, "weights")
+    config = adopt(session.config, header, "quantize", source)
+    hessians = {}
+    if config.gptq_enabled:
+        stats, sums = read_tensors(source.with_name(files.stats.name), "stats")
+        hessians = {reader: sums[name] for name, readers in stats["readers"].items() for reader in readers}
+        if "ve.proj.weight" in weights:  # each table row reaches the model through the projection
+            projection = weights["ve.proj.weight"]
+            hessians["ve.table.weight"] = projection.T @ projection
+    if any(not torch.isfinite(w).all() for w in weights.values()):
+        raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower the learning rates")
+    quantizer = Quantizer(weights, hessians, config, session.runtime.device)
+    for name, damp in quantizer.redamped.items():
+        log.event("gptq_redamp", name=name, damp=damp)
+    log.event("quantized", gptq=len(quantizer.gptq_names), rounded=len(quantizer.rounded_names) if config.gptq_enabled
+              and config.embed_gptq else sum(quantizer.storage[n] == "int6" for n in quantizer.rounded_names))
+    head = dict(kind="artifact", config=artifact_config(config), order=header["order"],
+                tokenizer_sha256=header["tokenizer_sha256"], train_sha256=header["train_sha256"])
+    limit = config.artifact_max_bytes - code_bytes()
+
+    def report(multiplier, estimate, packed_bytes):
+        log.event("search", multiplier=multiplier, estimated_bytes=int(estimate), packed_bytes=packed_bytes,
+                  limit_bytes=limit)
+
+    multiplier, packed = fit_artifact(quantizer, head, config, limit, report)
+    write_file(files.artifact, packed)
+    return describe_artifact(session, config, quantizer, multiplier, len(packed))
+
+
+def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float, size: int) -> dict:
+    """Log sizes, steps and bits of a written artifact and return them."""
+    log, total = session.log, size + code_bytes()
+    unused = config.artifact_max_bytes - total
+    if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
+        log.event("unused", unused_bytes=unused)
+    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"), embed_bits=quantizer.bits(multiplier, "int8"))
+    log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
+              k_embed=multiplier * quantizer.specs["int8"].k, **bits)
+    log.event("code_size", console=False, bytes=code_bytes())
+    log.event("artifact", compressor=config.compressor, bytes=size, path=str(session.files.artifact))
+    log.event("total_size", compressor=config.compressor, bytes=total)
+    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(), total_bytes=total, **bits)
+
+
+def load_artifact(session: Session) -> tuple[Session, GPT, Layout]:
+    """Read the artifact from disk (rank 0, for all) into a fresh model; returns the session as the file asks."""
+    source = session.files.source(session.config, session.files.artifact)
+    header, tensors = open_container(session.runtime.first(source.read_bytes), "artifact", source)
+    config = adopt(session.config, header, "evaluate", source)
+    if config.tokenizer_file.is_file() and file_sha256(config.tokenizer_file) != header["tokenizer_sha256"]:
+        raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer {source} was trained with; "
+                           "set TOKENIZER_PATH to that one"])
+    session = dataclasses.replace(session, config=config)
+    model, state = session.build_model(), restore_weights(tensors, config, source)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(state[name])
+    layout = plan_layout(tuple(header["order"]), config.num_layers, config.parallel_start_layer, config.skip_to_lanes)
+    return session, model, layout
+
+
+def evaluate_stage(session: Session) -> dict:
+    """Score the artifact on the validation text: non-overlapping windows, then sliding ones."""
+    runtime, clock = session.runtime, session.clock
+    with clock.span("setup"):
+        session, model, layout = load_artifact(session)
+        text = load_validation(session.config)
+        if session.config.stage == "evaluate":
+            describe_data(session, text)
+    losses = runtime.compile(model.token_losses)
+    scores = {}
+    with clock.span("evaluate"):
+        for kind, stride in (("roundtrip", session.config.eval_seq_len), ("sliding", session.config.eval_stride)):
+            if kind == "roundtrip" or session.config.sliding_window_enabled:
+                found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride)
+                scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes)
+    data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
+    runtime.first(write_file, session.files.scores, data)
+    facts = {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
+    return dict(facts, evaluated_bytes=scores["roundtrip"]["bytes"], evaluated_tokens=scores["roundtrip"]["tokens"])
+
+
+def verdicts(session: Session, facts: dict) -> dict[str, bool]:
+    """Log and return whether the run keeps the challenge's limits, as far as this process can tell."""
+    seconds = session.clock.ledger()
+    rules = []
+    if session.config.runs("train"):
+        rules.append(("training + calibration", facts["training_seconds"], TRAIN_LIMIT_SECONDS, "s"))
+    if session.config.runs("evaluate"):
+        rules.append(("evaluation", seconds["evaluate"], EVAL_LIMIT_SECONDS, "s"))
+    if session.config.runs("quantize"):
+        rules.append(("code + artifact", facts["total_bytes"], session.config.artifact_max_bytes, "bytes"))
+    for rule, value, limit, unit in rules:
+        session.log.event("verdict", rule=rule, outcome="ok" if value <= limit else "OVER THE LIMIT", value=value,
+                          limit=limit, unit=unit)
+    return {rule: value <= limit for rule, value, limit, _ in rules}
+
+
+def log_head(session: Session, env, report: dict):
+    """Log source, versions, hardware and configuration: what a reader needs to repeat the run."""
+    config, runtime, log = session.config, session.runtime, session.log
+    source = Path(__file__).read_text(encoding="utf-8")
+    log.event("source", console=False, text_source=source, sha256=hashlib.sha256(source.encode()).hexdigest())
+    facts = runtime.describe()
+    smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
+    table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
+    log.event("environment", console=False, text_versions=json.dumps(facts) + "\n" + table, **facts)
+    public = config.public()
+    lines = "\n".join(f"  {name}: {show_value(value)}" for name, value in sorted(public.items()))
+    log.event("config", console=False, text_table=lines, **public)
+    changed = {n: v for n, v in public.items() if n in config.explicit and v != KNOBS[n].default}
+    log.event("overrides", text_values=" ".join(f"{n.upper()}={show_value(v)}" for n, v in sorted(changed.items())) or "none",
+              values={n: show_value(v) for n, v in changed.items()})
+    for line in notices(config, env):
+        log.event("notice", text=line)
+    log.event("preflight", text_report=prediction_lines(config, runtime, report), **report)
+
+
+def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
+    """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
+    config = load_config(env)
+    runtime = Runtime(env, config)
+    run_id = config.run_id or runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    config, files = dataclasses.replace(config, run_id=run_id), RunFiles(run_id)
+    first = input_product(config, files)
+    if first and first[0].is_file():
+        header = runtime.first(lambda: read_tensors(*first)[0])
+        config = adopt(config, header, config.stage, first[0])
+    faults = preflight(config, runtime, files)
+    report = predictions(config, runtime) if runtime.is_main and (check or not faults) else {}
+    if check and runtime.is_main:
+        print(f"check: {prediction_lines(config, runtime, report)}")
+        print("\n".join(f"notice: {line}" for line in notices(config, env)), end="\n" * bool(notices(config, env)))
+    if faults:
+        raise ConfigError(faults)
+    return config, runtime, files, report
+
+
+def run(env, check: bool):
+    """Run the stages STAGE asks for; with `check`, only everything that is checked before."""
+    age, began = process_age_seconds(), time.perf_counter()
+    config, runtime, files, report = start(env, check)
+    name, attend, scope, error = choose_attention(config, runtime)
+    if check:
+        if runtime.is_main:
+            print(f"check: all is well; attention {name} (max error against math {error:.1e})")
+        runtime.close()
+        return
+    with scope:
+        log = Log(runtime.is_main, files.text_log, files.events)
+        clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
+        session = Session(config, runtime, log, clock, files, attend)
+        log_head(session, env, report)
+        log.event("attention", backend=name, max_error=error)
+        facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed)
+        for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
+            if config.runs(stage):
+                facts.update(function(session))
+                runtime.synchronize()
+        facts.update(training_seconds=round(clock.training_seconds(), 3), ledger_seconds=clock.ledger())
+        log.event("ledger", text_spans=" ".join(f"{k}={v:.1f}s" for k, v in clock.ledger().items()), **clock.ledger())
+        facts.update(verdicts=verdicts(session, facts))
+        log.event("result", text_json=json.dumps(facts), **facts)
+        log.close()
+    runtime.close()
+
+
+def main(argv: list[str], env) -> int:
+    """Run the script; every user mistake ends in clear lines and a non-zero exit code."""
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return 0
+    if set(argv) - {"--check"}:
+        print(f"error: unknown argument {sorted(set(argv) - {'--check'})[0]}; settings are environment variables, "
+              "see --help", file=sys.stderr)
+        return 2
+    try:
+        run(env, check="--check" in argv)
+        return 0
+    except ConfigError as error:
+        fault = "\n".join(f"error: {line}" for line in error.faults)
+    except (ContainerError, ValueError, OSError) as error:
+        fault = f"error: {error}"
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        fault = ("error: out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, in evaluation, "
+                 f"VAL_BATCH_TOKENS. {str(error).splitlines()[0] if str(error) else ''}")
+    if int(env.get("RANK", 0)) == 0:
+        print(fault, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))
