@@ -1,0 +1,472 @@
+"""Laws of the form of train_gpt.py: who uses whom, what has one home, how large things are.
+
+The script is one file with rooms between `# == N Name` banners. These tests read it as text and
+as a syntax tree, so that a wrong arrow or a second home shows when it is made.
+"""
+
+import ast
+import functools
+import io
+import re
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train_gpt.py"
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+
+ROOMS = ["Imports", "Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Quantize",
+         "Artifact", "Evaluate", "Train", "Calibrate", "Stages"]
+# Room -> rooms whose names it may use. Single names let through are in ONLY.
+MAY_USE = {
+    "Config": {},
+    "Runtime": {"Config"},
+    "Data": {"Config", "Runtime"},
+    "Kernels": {"Config", "Runtime"},
+    "Model": {"Config", "Kernels"},
+    "Optimizer": {"Config", "Runtime"},
+    "Quantize": {},
+    "Artifact": {"Config", "Runtime", "Model", "Quantize"},
+    "Evaluate": {"Config", "Runtime", "Data", "Kernels", "Model"},
+    "Train": {"Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
+    "Calibrate": {"Config", "Runtime", "Data", "Model"},
+    "Stages": set(ROOMS),
+}
+# The optimizer sees roles, not the model; calibration asks which matrices will be quantised.
+ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}}
+# Room -> imported names it must not touch.
+FORBIDDEN_IMPORTS = {
+    "Config": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
+    "Runtime": {"nn", "F"},
+    "Data": {"nn", "F", "dist", "os"},
+    "Kernels": {"nn", "dist", "os", "Path"},
+    "Model": {"os", "sys", "dist", "Path", "json", "subprocess", "np", "time"},
+    "Optimizer": {"os", "sys", "Path", "F"},
+    "Quantize": {"os", "sys", "Path", "dist", "nn", "F"},
+    "Artifact": {"dist", "F", "os"},
+    "Evaluate": {"dist", "os"},
+    "Train": {"dist", "os"},
+    "Calibrate": {"dist", "os", "np"},
+    "Stages": {"dist", "F", "np", "math", "nn"},  # no arithmetic
+}
+MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
+MAX_PARAMETERS, MAX_NESTING = 6, 4
+MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2250
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+
+
+# ---- reading the script --------------------------------------------------------------------
+
+
+@functools.cache
+def banners():
+    """Return [(line number, room name)] in order."""
+    found = [(i, re.match(r"# == \d+ (\w+)", line)) for i, line in enumerate(LINES, 1)]
+    return [(i, match[1]) for i, match in found if match]
+
+
+@functools.cache
+def room_of(line):
+    """Return the room that a line number lies in."""
+    return next((name for at, name in reversed(banners()) if at <= line), "Imports")
+
+
+def defined_names(node):
+    """Return the names a top-level statement defines."""
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+    return [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+
+
+def bound_names(scope):
+    """Return parameters and names assigned anywhere in a function, lambda or comprehension."""
+    names = {n.arg for n in ast.walk(scope) if isinstance(n, ast.arg)}
+    names |= {n.id for n in ast.walk(scope) if isinstance(n, ast.Name)
+              and isinstance(n.ctx, ast.Store)}
+    return names | {n.name for n in ast.walk(scope) if isinstance(n, FUNCTIONS) and n is not scope}
+
+
+def module_names(node, bound=frozenset()):
+    """Yield (name, line) of every use of a module-level name in a statement or annotation."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in bound:
+        yield node.id, node.lineno
+    if isinstance(node, (*FUNCTIONS, ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.DictComp,
+                         ast.SetComp)):
+        bound = bound | bound_names(node)
+    for child in ast.iter_child_nodes(node):
+        yield from module_names(child, bound)
+
+
+@functools.cache
+def functions():
+    """Return [(qualified name, node)] of every function, methods and nested ones included."""
+    def visit(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+                name = f"{prefix}{child.name}"
+                if isinstance(child, FUNCTIONS):
+                    yield name, child
+                yield from visit(child, f"{name}.")
+            else:
+                yield from visit(child, prefix)
+    return list(visit(TREE, ""))
+
+
+@functools.cache
+def owner(line):
+    """Return the qualified name of the outermost function (or method) around a line, or ''."""
+    around = [(node.lineno, name) for name, node in functions()
+              if node.lineno <= line <= node.end_lineno]
+    return min(around)[1] if around else ""
+
+
+def dotted(node):
+    """Return `a.b.c` for nested attributes of a name, '' for anything else."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts, node = [node.attr, *parts], node.value
+    return ".".join([node.id, *parts]) if isinstance(node, ast.Name) else ""
+
+
+@functools.cache
+def everything(within):
+    return list(ast.walk(within))
+
+
+def nodes(kind, within=TREE):
+    return [n for n in everything(within) if isinstance(n, kind)]
+
+
+def calls(name):
+    """Return the calls of a function by its dotted name."""
+    return [n for n in nodes(ast.Call) if dotted(n.func) == name]
+
+
+def code_lines():
+    """Return how many lines hold code (no blank, comment or docstring line), by room."""
+    doc_lines = set()
+    for node in nodes((*FUNCTIONS, ast.ClassDef, ast.Module)):
+        first = node.body[0]
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            doc_lines |= set(range(first.lineno, first.end_lineno + 1))
+    quiet = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+             tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline):
+        if token.type not in quiet:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return Counter(room_of(line) for line in lines - doc_lines)
+
+
+# ---- rooms ---------------------------------------------------------------------------------
+
+
+def test_rooms_stand_in_the_declared_order():
+    assert ["Imports", *(name for _, name in banners())] == ROOMS
+
+
+def test_top_level_names_are_defined_once():
+    defined = Counter(name for node in TREE.body for name in defined_names(node))
+    assert [name for name, count in defined.items() if count > 1] == []
+
+
+def test_every_top_level_name_is_used():
+    used = Counter(name for node in TREE.body for name, _ in module_names(node)
+                   if name not in defined_names(node))
+    assert [name for node in TREE.body for name in defined_names(node) if not used[name]] == []
+
+
+def test_every_method_is_used():
+    """A method or property nobody reads is dead, but for what torch calls and what tools compare."""
+    read = {n.attr for n in nodes(ast.Attribute) if isinstance(n.ctx, ast.Load)} | strings(TREE)
+    methods = {name for name, _ in functions() if "." in name and name[0].isupper()}
+    called = {"forward", "logits"}
+    assert sorted(m for m in methods if m.count(".") == 1 and not m.split(".")[1].startswith("__")
+                  and m.split(".")[1] not in read | called) == []
+
+
+def test_arrows_between_rooms_obey_the_table():
+    home = {name: room_of(node.lineno) for node in TREE.body for name in defined_names(node)}
+    wrong = set()
+    for node in TREE.body:
+        here = room_of(node.lineno)
+        for name, line in module_names(node):
+            there = home.get(name, here)
+            allowed = there == here or there in MAY_USE[here] or name in ONLY.get(here, ())
+            below = ROOMS.index(there) > ROOMS.index(here)
+            if not allowed or below:
+                wrong.add(f"line {line}: {here} uses {name} of {there}")
+    assert sorted(wrong) == []
+
+
+def test_rooms_keep_away_from_imports_not_theirs():
+    wrong = [f"line {line}: {room_of(node.lineno)} uses {name}"
+             for node in TREE.body[:-1] for name, line in module_names(node)
+             if name in FORBIDDEN_IMPORTS.get(room_of(node.lineno), ())]
+    assert wrong == []
+
+
+def test_stages_do_no_arithmetic_on_tensors():
+    wrong = [node.lineno for node in nodes(ast.BinOp) if isinstance(node.op, ast.MatMult)
+             and room_of(node.lineno) == "Stages"]
+    assert wrong == [], "a matrix product belongs to a room above"
+
+
+def test_model_knows_no_ranks():
+    wrong = [f"line {n.lineno}: .{n.attr}" for n in nodes(ast.Attribute)
+             if room_of(n.lineno) == "Model" and n.attr in ("rank", "world_size", "is_main")]
+    assert wrong == []
+
+
+def test_optimizer_decides_by_role_never_by_name():
+    wrong = [f"line {n.lineno}: {n.attr}" for n in nodes(ast.Attribute)
+             if room_of(n.lineno) == "Optimizer"
+             and n.attr in ("named_parameters", "named_modules", "state_dict")]
+    assert wrong == []
+
+
+def test_importing_only_defines():
+    """Top level holds imports, definitions and tables; one guarded call of main at the end."""
+    *body, last = TREE.body
+    kinds = (ast.Import, ast.ImportFrom, ast.Try, ast.Assign, *FUNCTIONS, ast.ClassDef)
+    odd = [n.lineno for n in body if not isinstance(n, kinds)
+           and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+    assert odd == []
+    for tried in (n for n in body if isinstance(n, ast.Try)):
+        assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in tried.body)
+    assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
+
+
+# ---- one home for each rule ----------------------------------------------------------------
+
+
+def test_environment_is_taken_in_one_place():
+    places = [n for n in nodes(ast.Attribute) if dotted(n) in ("os.environ", "os.environb")]
+    assert [n.lineno for n in places] == [TREE.body[-1].body[0].lineno]
+    assert calls("os.getenv") == []
+
+
+def test_only_the_runtime_reads_torchruns_variables():
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "LOCAL_WORLD_SIZE")
+    found = {(room_of(n.lineno), n.lineno) for n in nodes(ast.Constant) if n.value in names}
+    assert [place for place in sorted(found) if place[0] != "Runtime"] == []
+
+
+def test_compilation_has_one_place():
+    assert {owner(n.lineno) for n in calls("torch.compile")} == {"Runtime.compile"}
+    assert len(calls("torch.compile")) == 1
+
+
+def test_files_are_opened_for_writing_in_one_place_per_purpose():
+    writers = {"write_text", "write_bytes", "savez", "save", "tofile", "dump"}
+    places = {owner(n.lineno) for n in nodes(ast.Call)
+              if isinstance(n.func, ast.Attribute) and n.func.attr in writers}
+    for call in calls("open") + calls("os.open") + calls("io.open"):
+        mode = next((k.value for k in call.keywords if k.arg == "mode"), None)
+        mode = mode or (call.args[1] if len(call.args) > 1 else ast.Constant("r"))
+        if not isinstance(mode, ast.Constant) or set(mode.value) & set("wax+"):
+            places.add(owner(call.lineno))
+    assert places == {"write_file", "Log.__init__"}
+
+
+def test_ranks_talk_only_in_runtime_and_optimizer():
+    uses = {room_of(n.lineno) for n in nodes(ast.Name) if n.id == "dist"}
+    uses |= {room_of(n.lineno) for n in nodes(ast.Attribute)
+             if dotted(n).startswith("torch.distributed")}
+    assert uses <= {"Runtime", "Optimizer"}
+
+
+def test_stride_arithmetic_lives_in_plan_windows():
+    def about_stride(node):
+        if isinstance(node, ast.Call) and dotted(node.func) == "plan_windows":
+            return False
+        name = getattr(node, "id", getattr(node, "attr", ""))
+        return (name in ("stride", "eval_stride")
+                or any(about_stride(child) for child in ast.iter_child_nodes(node)))
+    sums = [n for n in nodes((ast.BinOp, ast.AugAssign)) if about_stride(n)]
+    steps = [n for n in nodes(ast.Call) if dotted(n.func) in ("range", "np.arange")
+             and about_stride(n)]
+    assert {owner(n.lineno) for n in sums + steps} == {"plan_windows"}
+
+
+def test_faults_become_one_line_only_in_main():
+    prints = [owner(n.lineno) for n in calls("print")
+              if any(k.arg == "file" and dotted(k.value) == "sys.stderr" for k in n.keywords)]
+    assert set(prints) == {"main"}
+    written = {owner(n.lineno) for n in calls("sys.stderr.write")}
+    assert written <= {"Log.progress", "Log.clear"}, "the terminal's progress line alone"
+    exits = [owner(n.lineno) for n in calls("sys.exit") + calls("exit") + calls("os._exit")]
+    assert exits == [""], "only the guard at the bottom exits"
+
+
+def test_every_knob_is_read_outside_config():
+    """A knob counts as read where a room reads `config.name`, or a Config property that does."""
+    knobs, properties = {}, {}
+    config = next(n for n in TREE.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            knobs[node.target.id] = node.lineno
+        elif isinstance(node, FUNCTIONS):
+            properties[node.name] = {n.attr for n in nodes(ast.Attribute, node)}
+    read = {n.attr for n in nodes(ast.Attribute) if room_of(n.lineno) != "Config"
+            and dotted(n.value).split(".")[-1] in ("config", "c", "init_config")}
+    for _ in properties:  # properties may read properties
+        read |= {name for prop in read & set(properties) for name in properties[prop]}
+    read.add("allow_env")  # acts on the reading of the others, before there is a Config
+    assert sorted(set(knobs) - read) == []
+
+
+def test_presets_are_known_to_config_alone():
+    names = {"pr1471", "one_gpu", "demo"}
+    places = [n.lineno for n in nodes(ast.Constant) if n.value in names
+              and room_of(n.lineno) != "Config"]
+    assert places == []
+
+
+# ---- events --------------------------------------------------------------------------------
+
+
+def event_table():
+    table = next(n.value for n in TREE.body if "EVENTS" in defined_names(n))
+    return {key.value: value for key, value in zip(table.keys, table.values, strict=True)}
+
+
+def strings(node):
+    return {n.value for n in nodes(ast.Constant, node) if isinstance(n.value, str)}
+
+
+def possible_kinds(call, within):
+    """Return the strings that an event call's first argument can be.
+
+    A name is followed to the loop that sets it, or to the callers of the function it enters by.
+    """
+    first = call if isinstance(call, (ast.Constant, ast.Name)) else call.args[0]
+    if isinstance(first, ast.Constant):
+        return {first.value}
+    assert isinstance(first, ast.Name), f"line {first.lineno}: an event kind that nobody can count"
+    loops = [n for n in nodes(ast.For, within) if first.id in bound_names(n.target)
+             or first.id in {t.id for t in nodes(ast.Name, n.target)}]
+    if loops:
+        return {text for loop in loops for text in strings(loop.iter)}
+    position = [a.arg for a in within.args.args].index(first.id)
+    found = set()
+    for name, node in functions():
+        for other in (n for n in nodes(ast.Call, node) if dotted(n.func) == within.name):
+            if owner(other.lineno) == name:
+                found |= possible_kinds(other.args[position], node)
+    return found
+
+
+def emitted_kinds():
+    kinds = {}
+    for name, node in functions():
+        for call in nodes(ast.Call, node):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "event":
+                if owner(call.lineno) == name:
+                    kinds.update(dict.fromkeys(possible_kinds(call, node), call.lineno))
+    return kinds
+
+
+def test_every_declared_event_is_emitted():
+    assert sorted(set(event_table()) - set(emitted_kinds())) == []
+
+
+def test_every_emitted_event_is_declared():
+    assert sorted(set(emitted_kinds()) - set(event_table())) == []
+
+
+# ---- functions, state, size ----------------------------------------------------------------
+
+
+def test_functions_stay_short(capsys):
+    sizes = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
+    over_aim = {name: size for name, size in sizes.items() if size > AIM_FUNCTION_LINES}
+    with capsys.disabled():
+        print(f"\nfunctions over {AIM_FUNCTION_LINES} lines: "
+              + (", ".join(f"{name} {size}" for name, size in over_aim.items()) or "none"))
+    assert {name: n for name, n in over_aim.items() if n > MAX_FUNCTION_LINES} == {}
+
+
+def test_functions_take_few_parameters():
+    def count(arguments):
+        names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        rest = [a for a in (arguments.vararg, arguments.kwarg) if a]
+        return len([a for a in names if a.arg not in ("self", "cls")]) + len(rest)
+    found = {name: count(node.args) for name, node in functions()}
+    assert {name: n for name, n in found.items() if n > MAX_PARAMETERS} == {}
+
+
+def nesting(node):
+    """Return how deep compound statements lie in a statement; `elif` adds nothing."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        depth = nesting(child)
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, depth + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def test_blocks_nest_at_most_four_deep():
+    deep = {name: nesting(node) for name, node in functions()}
+    assert {name: n for name, n in deep.items() if n > MAX_NESTING} == {}
+
+
+def test_lines_fit_the_page():
+    assert [i for i, line in enumerate(LINES, 1) if len(line) > MAX_LINE] == []
+
+
+def test_no_global_is_ever_changed():
+    """No `global` statement; no function writes into, or appends to, a name of module level."""
+    assert nodes(ast.Global) == []
+    home = {name for node in TREE.body for name in defined_names(node)}
+    changers = {"append", "extend", "add", "update", "pop", "clear", "setdefault", "insert",
+                "remove", "popitem", "discard"}
+    wrong = []
+    for name, node in functions():
+        free = home - bound_names(node)
+        for n in nodes((ast.Subscript, ast.Attribute), node):
+            stored = isinstance(n.ctx, (ast.Store, ast.Del))
+            changed = isinstance(n, ast.Attribute) and n.attr in changers
+            if (stored or changed) and isinstance(n.value, ast.Name) and n.value.id in free:
+                wrong.append(f"line {n.lineno}: {name} changes {n.value.id}")
+    assert wrong == []
+
+
+def test_variants_are_chosen_at_construction():
+    """No setting is consulted in a forward or a step: what can differ is built in before."""
+    wrong = []
+    for name, node in functions():
+        room, method = room_of(node.lineno), name.split(".")[-1]
+        if room == "Model" and "." in name and method not in ("__init__", "init_weights"):
+            wrong += [f"line {n.lineno}: {name} reads a setting" for n in nodes(ast.Attribute, node)
+                      if "config" in dotted(n).split(".")]
+        if room == "Optimizer" and "." in name and method != "__init__":
+            tests = [n.test for n in nodes((ast.If, ast.IfExp), node)]
+            wrong += [f"line {test.lineno}: {name} decides by a setting" for test in tests
+                      if any("config" in dotted(n).split(".") for n in nodes(ast.Attribute, test))]
+    assert sorted(wrong) == []
+
+
+def test_code_lines_per_room(capsys):
+    counts = code_lines()
+    with capsys.disabled():
+        print("\ncode lines: " + ", ".join(f"{room} {counts[room]}" for room in ROOMS)
+              + f"; total {sum(counts.values())}")
+    assert {room: n for room, n in counts.items() if n > MAX_ROOM_LINES} == {}
+    assert sum(counts.values()) <= MAX_TOTAL_LINES
+
+
+@pytest.mark.parametrize("folder", ["tests", "data", "."])
+def test_nothing_is_imported_from_outside_the_repository(folder):
+    """The script stands alone: it imports no file of this repository."""
+    local = {path.stem for path in (SCRIPT.parent / folder).glob("*.py")} - {"train_gpt"}
+    imported = {alias.name.split(".")[0] for n in nodes(ast.Import) for alias in n.names}
+    imported |= {(n.module or "").split(".")[0] for n in nodes(ast.ImportFrom)}
+    assert imported & local == set()
