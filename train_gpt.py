@@ -62,8 +62,11 @@ except ImportError:
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
 STAGES = ("train", "quantize", "evaluate")
-TOPICS = ("run", "data", "schedule", "model", "optimizer", "calibration", "quantization", "evaluation")
-# Settings of these topics determine the model, its codes or its score: they travel in the artifact.
+# Topic -> the stage that consumes its settings. Those of the last three determine the model, its
+# codes or its score: they travel in the artifact.
+TOPICS = {"run": "run", "data": "run", "schedule": "train", "optimizer": "train",
+          "calibration": "train", "model": "train", "quantization": "quantize",
+          "evaluation": "evaluate"}
 ARTIFACT_TOPICS = ("model", "quantization", "evaluation")
 
 
@@ -75,170 +78,162 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
-def knob(default, note, *, topic, stage="train", source="", least=None, most=None, choices=()):
-    """Declare one setting: its default, meaning with unit, range, and the stage that consumes it."""
-    meta = dict(note=note, topic=topic, stage=stage, source=source, least=least, most=most, choices=choices)
-    return field(default=default, metadata=meta)
+def knob(default, note, topic, source="", *, least=None, most=None, choices=()):
+    """Declare one setting: its default, meaning with unit, topic, source, and range."""
+    return field(default=default, metadata=dict(note=note, topic=topic, stage=TOPICS[topic],
+                                                source=source, least=least, most=most,
+                                                choices=choices))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, identical on every rank. `explicit` names those set by env or preset."""
+    """All settings of a run, the same on every rank; `explicit` names those env or preset set."""
 
     explicit: frozenset = frozenset()
 
-    preset: str = knob("", "named set of defaults; environment settings still beat it", topic="run", stage="run")
-    stage: str = knob("all", "which part to run", topic="run", stage="run", choices=("all", *STAGES))
-    run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag", topic="run", stage="run")
-    input_path: str = knob("", "another run's folder (or artifact file) that STAGE=quantize|evaluate reads",
-                           topic="run", stage="run")
-    seed: int = knob(1337, "initial weights and data order", topic="run", least=0)
-    device: str = knob("auto", "where to compute", topic="run", stage="run", choices=("auto", "cuda", "cpu"))
-    compile_enabled: bool | None = knob(None, "torch.compile; auto: on CUDA only", topic="run", stage="run")
-    attention_backend: str = knob("auto", "auto tries fa3, cudnn, flash, math in this order", topic="run", stage="run",
+    preset: str = knob("", "named set of defaults; environment settings still beat it", "run")
+    stage: str = knob("all", "which part to run", "run", choices=("all", *STAGES))
+    run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag", "run")
+    input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads", "run")
+    device: str = knob("auto", "where to compute", "run", choices=("auto", "cuda", "cpu"))
+    compile_enabled: bool | None = knob(None, "torch.compile; auto: on CUDA only", "run")
+    attention_backend: str = knob("auto", "auto tries fa3, cudnn, flash, math in this order", "run",
                                   choices=("auto", "fa3", "cudnn", "flash", "math"))
-    allow_env: tuple[str, ...] = knob((), "environment names that look like misspelt settings but are not",
-                                      topic="run", stage="run")
+    allow_env: tuple[str, ...] = knob((), "names that look like misspelt settings, are not", "run")
 
-    data_dir: str = knob("./data/", "holds datasets/fineweb10B_sp{V} and tokenizers/fineweb_{V}_bpe.model",
-                         topic="data", stage="run")
-    data_path: str = knob("", "shard folder; beats DATA_DIR", topic="data", stage="run")
-    tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR", topic="data", stage="run")
+    data_dir: str = knob("./data/", "holds datasets/fineweb10B_sp{V} and tokenizers/", "data")
+    data_path: str = knob("", "shard folder; beats DATA_DIR", "data")
+    tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR", "data")
 
-    iterations: int = knob(20_000, "optimizer steps at most", topic="schedule", least=0)
-    max_wallclock_seconds: float = knob(600.0, "limit on training + calibration, seconds; 0: bounded by ITERATIONS",
-                                        topic="schedule", source="PR #1471", least=0)
-    train_batch_tokens: int = knob(786_432, "tokens per optimizer step, all ranks", topic="schedule", least=1)
-    micro_batch_tokens: int = knob(98_304, "tokens per forward on one device at most; lower it when memory runs out",
-                                   topic="schedule", least=1)
-    warmup_steps: int = knob(20, "steps on synthetic text before the clock starts (compilation), undone after; 0: none",
-                             topic="schedule", least=0)
-    warmdown_frac: float = knob(0.72, "share of the run over which learning rates fall to zero", topic="schedule",
-                                source="PR #1445", least=0, most=1)
-    min_lr: float = knob(0.0, "lower bound of the learning-rate multiplier", topic="schedule", least=0, most=1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts", topic="schedule",
-                                 source="PR #1471", least=0)
-    recur_start_frac: float | None = knob(None, "share of the run instead; beats RECUR_START_STEP", topic="schedule",
-                                          least=0, most=1)
-    train_log_every: int = knob(500, "steps between training lines; 0: none", topic="schedule", least=0)
-    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end only", topic="schedule",
-                               least=0)
-    prequant_sliding: bool = knob(False, "also score the averaged weights by sliding window before quantising",
-                                  topic="schedule")
+    iterations: int = knob(20_000, "optimizer steps at most", "schedule", least=0)
+    max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only",
+                                        "schedule", "PR #1471", least=0)
+    train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", "schedule", least=1)
+    micro_batch_tokens: int = knob(98_304, "tokens a forward on one device at most; lower it when "
+                                   "memory runs out", "schedule", least=1)
+    warmup_steps: int = knob(20, "steps on synthetic text before the clock starts (compilation), "
+                             "undone after; 0: none", "schedule", least=0)
+    warmdown_frac: float = knob(0.72, "share of the run over which rates fall to zero", "schedule",
+                                "PR #1445", least=0, most=1)
+    min_lr: float = knob(0.0, "least learning-rate multiplier", "schedule", least=0, most=1)
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts", "schedule",
+                                 "PR #1471", least=0)
+    recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP",
+                                          "schedule", least=0, most=1)
+    train_log_every: int = knob(500, "steps between training lines; 0: none", "schedule", least=0)
+    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end",
+                               "schedule", least=0)
+    prequant_sliding: bool = knob(False, "score the averaged weights by sliding window too",
+                                  "schedule")
 
-    vocab_size: int = knob(8192, "token ids", topic="model", source="PR #1394", least=2, most=65_536)
-    train_seq_len: int = knob(2048, "tokens per training window", topic="model", least=2)
-    num_layers: int = knob(11, "physical blocks", topic="model", least=1)
-    model_dim: int = knob(512, "residual width", topic="model", least=2)
-    embedding_dim: int | None = knob(None, "only MODEL_DIM is built; auto follows it", topic="model")
-    num_heads: int = knob(8, "query heads", topic="model", least=1)
-    num_kv_heads: int = knob(4, "key/value heads", topic="model", least=1)
-    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", topic="model", least=0.01)
-    xsa_last_n: int = knob(11, "last layers whose heads drop their own value direction", topic="model",
-                           source="PR #287", least=0)
-    skip_gates_enabled: bool = knob(True, "skips blend through a learned gate instead of adding", topic="model")
-    skip_to_lanes: bool = knob(True, "skips after the lanes split reach the attention lane; 0: lost as in PR #1471",
-                               topic="model", source="PR #1395")
-    ln_scale: bool = knob(True, "scale normed inputs by 1/sqrt(layer + 1)", topic="model", source="PR #315")
-    ve_enabled: bool = knob(True, "add value embeddings to V", topic="model", source="PR #414")
-    ve_dim: int = knob(128, "value-embedding width", topic="model", least=1)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding", topic="model")
-    logit_softcap: float = knob(30.0, "logits become cap * tanh(logits / cap)", topic="model", least=1e-3)
-    qk_gain_init: float = knob(5.0, "initial gain per query head", topic="model", source="PR #1217")
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", topic="model", least=1)
-    rope_dims: int = knob(16, "rotated dimensions per head; 0: all", topic="model", source="PR #315", least=0)
-    tied_embed_init_std: float = knob(0.005, "std of the initial embedding", topic="model", least=0)
-    recur_layers: tuple[int, ...] = knob((3, 4, 5), "layers run once more, as a block, after the last of them",
-                                         topic="model", source="PR #1471")
-    virtual_order: tuple[int, ...] = knob((), "full layer order once recurrence is on; beats RECUR_LAYERS",
-                                          topic="model")
-    parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none", topic="model",
-                                     source="PR #1471", least=0)
-
-    tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", topic="optimizer", least=0)
-    matrix_lr: float = knob(0.022, "peak Muon rate of the matrices", topic="optimizer", source="PR #1445", least=0)
-    scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales and gates", topic="optimizer", least=0)
-    muon_momentum: float = knob(0.99, "Muon momentum after its warm-up", topic="optimizer", least=0, most=1)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", topic="optimizer", least=0, most=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", topic="optimizer", least=0)
-    muon_momentum_warmup_frac: float | None = knob(None, "share of the run instead; beats the steps",
-                                                   topic="optimizer", least=0, most=1)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", topic="optimizer", least=1)
-    beta1: float = knob(0.9, "AdamW", topic="optimizer", least=0, most=0.9999999)
-    beta2: float = knob(0.95, "AdamW", topic="optimizer", least=0, most=0.9999999)
-    adam_eps: float = knob(1e-8, "AdamW", topic="optimizer", least=0)
-    grad_clip_norm: float = knob(0.3, "global L2 norm of the gradient at most; 0: off", topic="optimizer", least=0)
-    muon_wd: float = knob(0.095, "weight decay of the matrices", topic="optimizer", source="PR #1445", least=0)
-    embed_wd: float = knob(0.095, "weight decay of the embeddings", topic="optimizer", source="PR #1445", least=0)
-    adam_wd: float = knob(0.02, "weight decay of gains, scales and gates", topic="optimizer", least=0)
-    ema_decay: float = knob(0.9965, "weight average kept per step", topic="optimizer", source="PR #1421",
+    tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", "optimizer", least=0)
+    matrix_lr: float = knob(0.022, "peak Muon rate", "optimizer", "PR #1445", least=0)
+    scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", "optimizer", least=0)
+    muon_momentum: float = knob(0.99, "Muon momentum once warm", "optimizer", least=0, most=1)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", "optimizer",
+                                             least=0, most=1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", "optimizer",
+                                           least=0)
+    muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps",
+                                                   "optimizer", least=0, most=1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "optimizer", least=1)
+    beta1: float = knob(0.9, "AdamW", "optimizer", least=0, most=0.9999999)
+    beta2: float = knob(0.95, "AdamW", "optimizer", least=0, most=0.9999999)
+    adam_eps: float = knob(1e-8, "AdamW", "optimizer", least=0)
+    grad_clip_norm: float = knob(0.3, "global L2 norm at most; 0: off", "optimizer", least=0)
+    muon_wd: float = knob(0.095, "weight decay of matrices", "optimizer", "PR #1445", least=0)
+    embed_wd: float = knob(0.095, "weight decay of embeddings", "optimizer", "PR #1445", least=0)
+    adam_wd: float = knob(0.02, "weight decay of gains, scales, gates", "optimizer", least=0)
+    ema_decay: float = knob(0.9965, "of the weight average, a step", "optimizer", "PR #1445",
                             least=0, most=0.9999999)
 
-    gptq_calibration_batches: int = knob(64, "batches of TRAIN_BATCH_TOKENS/8 in total, over all ranks",
-                                         topic="calibration", least=1)
-    gptq_reserve_seconds: float = knob(0.0, "least time kept for calibration; more is kept when warm-up measures more",
-                                       topic="calibration", least=0)
-    hessian_ranks: str = knob("all", "ranks that calibrate; first: rank 0's share alone, as in PR #1471",
-                              topic="calibration", choices=("all", "first"))
+    gptq_calibration_batches: int = knob(64, "batches of TRAIN_BATCH_TOKENS/8 in total, all ranks",
+                                         "calibration", least=1)
+    gptq_reserve_seconds: float = knob(0.0, "least time kept for calibration; warm-up may measure "
+                                       "more", "calibration", least=0)
+    hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
+                              "calibration", choices=("all", "first"))
 
-    gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest", topic="quantization",
-                              stage="quantize")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded as in PR #1471", topic="quantization",
-                            stage="quantize", source="PR #1394")
-    sdclip_k: float | None = knob(None, "int6 clip radius in row standard deviations; auto: 12.85 x the multiplier that "
-                                  "fills ARTIFACT_MAX_BYTES", topic="quantization", stage="quantize",
-                                  source="PR #1394", least=0.01)
-    sdclip_k_embed: float | None = knob(None, "int8 clip radius of the embeddings; auto: 20 x the same multiplier",
-                                        topic="quantization", stage="quantize", source="PR #1394", least=0.01)
-    scale_floor: float = knob(0.0, "least int6 step; PR #1471 has 1/31", topic="quantization", stage="quantize", least=0)
-    scale_floor_embed: float = knob(0.0, "least int8 step; PR #1471 has 1/127", topic="quantization",
-                                    stage="quantize", least=0)
+    seed: int = knob(1337, "initial weights and data order", "model", least=0)
+    vocab_size: int = knob(8192, "token ids", "model", "PR #1394", least=2, most=65_536)
+    train_seq_len: int = knob(2048, "tokens per training window", "model", least=2)
+    num_layers: int = knob(11, "physical blocks", "model", least=1)
+    model_dim: int = knob(512, "residual width", "model", least=2)
+    embedding_dim: int | None = knob(None, "only MODEL_DIM is built; auto follows it", "model")
+    num_heads: int = knob(8, "query heads", "model", least=1)
+    num_kv_heads: int = knob(4, "key/value heads", "model", least=1)
+    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", "model", least=0.01)
+    xsa_last_n: int = knob(11, "last layers whose heads drop their own value's direction", "model",
+                           "PR #287", least=0)
+    skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding", "model")
+    skip_to_lanes: bool = knob(True, "skips after the lanes split reach the attention "
+                               "lane; 0: lost (PR #1471)", "model", "PR #1395")
+    ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1)", "model", "PR #315")
+    ve_enabled: bool = knob(True, "add value embeddings to V", "model", "PR #414")
+    ve_dim: int = knob(128, "value-embedding width", "model", least=1)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding", "model")
+    logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", "model", least=1e-3)
+    qk_gain_init: float = knob(5.0, "initial gain per query head", "model", "PR #1445")
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", "model", least=1)
+    rope_dims: int = knob(16, "rotated dimensions a head; 0: all", "model", "PR #315", least=0)
+    tied_embed_init_std: float = knob(0.005, "std of the initial embedding", "model", least=0)
+    recur_layers: tuple[int, ...] = knob((3, 4, 5), "layers run once more, as a block, after the "
+                                         "last of them", "model", "PR #1471")
+    virtual_order: tuple[int, ...] = knob((), "layer order once recurrence is on; beats "
+                                          "RECUR_LAYERS", "model")
+    parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none",
+                                     "model", "PR #1471", least=0)
+
+    gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest", "quantization")
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471)",
+                            "quantization", "PR #1394")
+    sdclip_k: float | None = knob(None, "int6 clip radius in row stds; auto: 12.85 times what "
+                                  "fills ARTIFACT_MAX_BYTES", "quantization", "PR #1394", least=0.01)
+    sdclip_k_embed: float | None = knob(None, "int8 clip radius of embeddings; auto: 20 times the "
+                                        "same", "quantization", "PR #1394", least=0.01)
+    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", "quantization", least=0)
+    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", "quantization",
+                                    least=0)
     fp16_max_numel: int = knob(65_536, "matrices of at most so many elements are stored as fp16",
-                               topic="quantization", stage="quantize", least=0)
-    control_dtype: str = knob("float32", "how gains, scales and gates are stored; PR #1471: float16",
-                              topic="quantization", stage="quantize", choices=("float32", "float16"))
-    compressor: str = knob("brotli", "coder of the artifact", topic="quantization", stage="quantize",
+                               "quantization", "PR #1471", least=0)
+    control_dtype: str = knob("float32", "storage of gains, scales, gates (PR #1471: float16)",
+                              "quantization", choices=("float32", "float16"))
+    compressor: str = knob("brotli", "coder of the artifact", "quantization",
                            choices=("brotli", "lzma"))
-    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact, bytes", topic="quantization",
-                                   stage="quantize", least=1)
+    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", "quantization", least=1)
 
-    eval_seq_len: int = knob(2048, "tokens per evaluation window", topic="evaluation", stage="evaluate", least=2)
-    sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip", topic="evaluation",
-                                        stage="evaluate")
-    eval_stride: int = knob(64, "tokens scored per sliding window", topic="evaluation", stage="evaluate", least=1)
-    score_tail: bool = knob(True, "score the tokens after the last whole window; 0: drop them as published",
-                            topic="evaluation", stage="evaluate")
-    val_batch_tokens: int = knob(524_288, "eight times the tokens of one evaluation forward", topic="evaluation",
-                                 stage="evaluate", least=1)
+    eval_seq_len: int = knob(2048, "tokens per evaluation window", "evaluation", least=2)
+    sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip",
+                                        "evaluation")
+    eval_stride: int = knob(64, "tokens scored per sliding window", "evaluation", least=1)
+    score_tail: bool = knob(True, "score the tokens after the last whole window; 0: drop them as "
+                            "published", "evaluation")
+    val_batch_tokens: int = knob(524_288, "eight times the tokens of one evaluation forward",
+                                 "evaluation", least=1)
 
     def __post_init__(self):
         faults = config_faults(self)
         if faults:
             raise ConfigError(faults)
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
+    head_dim = property(lambda c: c.model_dim // c.num_heads)
+    kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
+    mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
+    step_windows = property(lambda c: c.train_batch_tokens // c.train_seq_len)
+    base_order = property(lambda c: tuple(range(c.num_layers)))
+    lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
+    search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
+    eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
 
     @property
     def shard_dir(self) -> Path:
-        return Path(self.data_path or Path(self.data_dir) / "datasets" / f"fineweb10B_sp{self.vocab_size}")
+        default = Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
+        return Path(self.data_path or default)
 
     @property
     def tokenizer_file(self) -> Path:
-        return Path(self.tokenizer_path or Path(self.data_dir) / "tokenizers" / f"fineweb_{self.vocab_size}_bpe.model")
-
-    @property
-    def base_order(self) -> tuple[int, ...]:
-        return tuple(range(self.num_layers))
+        default = Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
+        return Path(self.tokenizer_path or default)
 
     @property
     def recurrent_order(self) -> tuple[int, ...]:
@@ -249,86 +244,79 @@ class Config:
         return self.base_order[:end] + self.recur_layers + self.base_order[end:]
 
     @property
-    def lanes_split(self) -> bool:
-        return 0 < self.parallel_start_layer < self.num_layers
-
-    @property
-    def search_k(self) -> bool:
-        return self.sdclip_k is None and self.sdclip_k_embed is None
-
-    @property
-    def calibration_sequences(self) -> int:
-        return max(1, self.gptq_calibration_batches * self.train_batch_tokens // 8 // self.train_seq_len)
-
-    @property
-    def eval_batch_windows(self) -> int:
-        return max(1, self.val_batch_tokens // 8 // self.eval_seq_len)
+    def calibration_windows(self) -> int:
+        tokens = self.gptq_calibration_batches * self.train_batch_tokens // 8
+        return max(1, tokens // self.train_seq_len)
 
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
 
     def public(self) -> dict:
         """Return every setting by its published (lower-case) name."""
-        return {f.name: getattr(self, f.name) for f in KNOBS.values()}
+        return {name: getattr(self, name) for name in KNOBS}
 
 
 KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 
-# PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
-# sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
-_PR1471 = dict(skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
-               sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
-               control_dtype="float16", gptq_reserve_seconds=10.0)
-# One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares of
-# the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
-_ONE_GPU = dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725, train_log_every=50)
-# A small sibling for the corpus that data/build_demo.py makes; every part of the record run, in minutes on a laptop.
-_DEMO = dict(data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-             vocab_size=1024, max_wallclock_seconds=0.0, iterations=400, train_batch_tokens=8192,
-             micro_batch_tokens=8192, train_seq_len=256, eval_seq_len=256, num_layers=6, model_dim=192,
-             num_heads=6, num_kv_heads=3, xsa_last_n=6, ve_layers=(4, 5), ve_dim=32, recur_layers=(2, 3),
-             parallel_start_layer=4, recur_start_frac=0.35, muon_momentum_warmup_frac=0.3, warmup_steps=2,
-             ema_decay=0.97, train_log_every=20, val_loss_every=100, gptq_calibration_batches=64,
-             val_batch_tokens=65_536, fp16_max_numel=4096, prequant_sliding=True, artifact_max_bytes=1_000_000)
-PRESETS = {"pr1471": _PR1471, "one_gpu": _ONE_GPU, "demo": _DEMO}
+PRESETS = {
+    # PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
+    # sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
+    "pr1471": dict(
+        skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
+        sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
+        control_dtype="float16", gptq_reserve_seconds=10.0),
+    # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
+    # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
+    "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
+                    train_log_every=50),
+    # A small sibling for the corpus that data/build_demo.py makes: every part of a record run,
+    # minutes on a laptop.
+    "demo": dict(
+        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+        vocab_size=1024, max_wallclock_seconds=0.0, iterations=200, train_batch_tokens=4096,
+        micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256, num_layers=6, model_dim=128,
+        num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_layers=(4, 5), ve_dim=32, recur_layers=(2, 3),
+        parallel_start_layer=4, recur_start_frac=0.35, muon_momentum_warmup_frac=0.3,
+        warmup_steps=2, ema_decay=0.95, train_log_every=20, val_loss_every=100,
+        gptq_calibration_batches=64, val_batch_tokens=65_536, fp16_max_numel=4096,
+        prequant_sliding=True, artifact_max_bytes=700_000),
+}
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
-    "MUON_BETA2": "no published script uses it", "ROPE_TRAIN_SEQ_LEN": "TRAIN_SEQ_LEN is the training length",
+    "MUON_BETA2": "no published script uses it",
+    "ROPE_TRAIN_SEQ_LEN": "TRAIN_SEQ_LEN is the training length",
     "CONTROL_TENSOR_NAME_PATTERNS": "roles are given where a parameter is made",
     "EMBED_LR": "acts on untied embeddings only", "HEAD_LR": "acts on an untied head only",
 }
-# Names of other published systems and of modes not built: the one value that describes this script.
-# "" means there is none: the name must be unset or empty.
-NEUTRAL = {
-    # PR #1471's own switches for modes not built
-    "TTT_ENABLED": "0", "TTT_LR": "0.002", "TTT_EPOCHS": "3", "TTT_CHUNK_TOKENS": "32768", "TTT_FREEZE_BLOCKS": "0",
-    "TTT_MOMENTUM": "0.9", "TTT_BATCH_SEQS": "32", "TTT_GRAD_CLIP": "1.0", "TIE_EMBEDDINGS": "1",
-    # PR #1395
-    "LR_FLOOR": "0", "TTT_POLYAK_DECAY": "0.998", "PREQUANT_TTT_ENABLED": "0", "SLOT_ENABLED": "0", "SLOT_LR": "0.005",
-    "SLOT_STEPS": "8", "HEDGE_ENABLED": "0", "G1_GATING": "0", "LAWA_ENABLED": "0", "LAWA_K": "5", "LAWA_FREQ": "50",
-    # PR #1392
-    "MUON_EQ_R": "1", "WARMDOWN_ITERS": "", "GPTQ_CALIB_BATCHES": "", "GPTQ_DAMP": "0.01", "GPTQ_BLOCK_SIZE": "128",
-    "BIGRAM_VOCAB_SIZE": "0", "BIGRAM_DIM": "128", "TRIGRAM": "0", "TARGET_MB": "", "VAL_BATCH_SIZE": "524288",
-    "SWA_ENABLED": "0", "SWA_EVERY": "50", "LATE_QAT_THRESHOLD": "0", "QAT_ENABLED": "0", "MTP_NUM_HEADS": "0",
-    "MTP_LOSS_WEIGHT": "0.2", "DTG_ENABLED": "0", "GATED_ATTENTION": "0", "VALUE_RESIDUAL": "0", "CROWN_Q_ENABLED": "0",
-    "CROWN_Q_LAMBDA": "0.01", "SOFT_ROUND_QAT": "0", "HADAMARD_ROTATION": "0", "MIXED_BITWIDTH": "0",
-    "PREQUANT_TTT": "0", "PREQUANT_TTT_LR": "0.0001", "PREQUANT_TTT_EPOCHS": "3", "TTT_OPTIMIZER": "sgd",
-    "TTT_NESTEROV": "0", "TTT_LR_FLOOR": "0.1", "TTT_TEMPERATURE": "1", "NGRAM_ENABLED": "0", "NGRAM_EVAL": "0",
-    "GPTQ_FULL_HESSIAN": "1", "SKIP_QUANTIZE": "0", "SKIP_COMPILE": "0",
-    # PR #1090
-    "TTT_MAX_DOCS": "0", "TTT_MIN_DOC_LEN": "32", "TTT_RANK": "8", "TTT_CHUNK_SIZE": "256",
-}
+# Names of other published systems and of modes not built -> the one value that describes this
+# script; a bare "NAME=" has none and must stay unset.
+NEUTRAL = dict(pair.split("=") for pair in """
+    TTT_ENABLED=0 TTT_LR=0.002 TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=0
+    TTT_MOMENTUM=0.9 TTT_BATCH_SEQS=32 TTT_GRAD_CLIP=1.0 TIE_EMBEDDINGS=1 LR_FLOOR=0
+    TTT_POLYAK_DECAY=0.998 PREQUANT_TTT_ENABLED=0 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8
+    HEDGE_ENABLED=0 G1_GATING=0 LAWA_ENABLED=0 LAWA_K=5 LAWA_FREQ=50 MUON_EQ_R=1 WARMDOWN_ITERS=
+    GPTQ_CALIB_BATCHES= GPTQ_DAMP=0.01 GPTQ_BLOCK_SIZE=128 BIGRAM_VOCAB_SIZE=0 BIGRAM_DIM=128
+    TRIGRAM=0 TARGET_MB= VAL_BATCH_SIZE=524288 SWA_ENABLED=0 SWA_EVERY=50 LATE_QAT_THRESHOLD=0
+    QAT_ENABLED=0 MTP_NUM_HEADS=0 MTP_LOSS_WEIGHT=0.2 DTG_ENABLED=0 GATED_ATTENTION=0
+    VALUE_RESIDUAL=0 CROWN_Q_ENABLED=0 CROWN_Q_LAMBDA=0.01 SOFT_ROUND_QAT=0 HADAMARD_ROTATION=0
+    MIXED_BITWIDTH=0 PREQUANT_TTT=0 PREQUANT_TTT_LR=0.0001 PREQUANT_TTT_EPOCHS=3 TTT_OPTIMIZER=sgd
+    TTT_NESTEROV=0 TTT_LR_FLOOR=0.1 TTT_TEMPERATURE=1 NGRAM_ENABLED=0 GPTQ_FULL_HESSIAN=1
+    SKIP_QUANTIZE=0 SKIP_COMPILE=0 TTT_MAX_DOCS=0 TTT_MIN_DOC_LEN=32 TTT_RANK=8 TTT_CHUNK_SIZE=256
+    """.split())
 
 
 def config_faults(config: Config) -> list[str]:
-    """Return every broken rule of a configuration, one line each with setting, value and remedy."""
+    """Return every broken rule of a configuration: setting, value and rule, one line each."""
     faults = []
     for name, f in KNOBS.items():
         value, meta = getattr(config, name), f.metadata
-        least, most = meta["least"], meta["most"]
-        if value is not None and ((least is not None and value < least) or (most is not None and value > most)):
-            faults.append(f"{name.upper()}={value}: must lie between {least} and {most if most is not None else 'any'}")
+        if value is None:
+            continue
+        if meta["least"] is not None and value < meta["least"]:
+            faults.append(f"{name.upper()}={value}: must be at least {meta['least']}")
+        if meta["most"] is not None and value > meta["most"]:
+            faults.append(f"{name.upper()}={value}: must be at most {meta['most']}")
         if meta["choices"] and value not in meta["choices"]:
             faults.append(f"{name.upper()}={value}: must be one of {', '.join(meta['choices'])}")
     return faults or combination_faults(config)
@@ -336,81 +324,80 @@ def config_faults(config: Config) -> list[str]:
 
 def combination_faults(c: Config) -> list[str]:
     """Return the rules broken between settings that are each in range."""
-    layers = set(range(c.num_layers))
-    contiguous = c.recur_layers == tuple(range(c.recur_layers[0], c.recur_layers[-1] + 1)) if c.recur_layers else True
-    known = set(c.virtual_order or c.recur_layers) <= layers and contiguous
+    layers, recur = set(range(c.num_layers)), c.recur_layers
+    contiguous = not recur or recur == tuple(range(recur[0], recur[-1] + 1))
+    known = set(c.virtual_order or recur) <= layers and contiguous
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
     lanes = [i >= c.parallel_start_layer for i in decoder]
+    limit = c.max_wallclock_seconds
     rules = [
-        (c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim}: must be a multiple of NUM_HEADS={num_heads}"),
-        (c.num_heads % c.num_kv_heads == 0, "NUM_HEADS={num_heads}: must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
-        (c.head_dim % 2 == 0 and c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
-         "ROPE_DIMS={rope_dims}: must be even and at most the head width MODEL_DIM/NUM_HEADS, itself even"),
-        (c.eval_seq_len <= c.train_seq_len or (c.rope_dims or c.head_dim) > 2,
-         "EVAL_SEQ_LEN={eval_seq_len}: longer than TRAIN_SEQ_LEN={train_seq_len} needs ROPE_DIMS above 2"),
-        (c.embedding_dim in (None, c.model_dim), "EMBEDDING_DIM={embedding_dim}: not built; unset it or use MODEL_DIM"),
-        (c.mlp_dim >= 1, "MLP_MULT={mlp_mult}: the hidden width MLP_MULT*MODEL_DIM must be at least 1"),
-        (c.train_batch_tokens % c.train_seq_len == 0,
-         "TRAIN_BATCH_TOKENS={train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
-        (c.micro_batch_tokens >= c.train_seq_len,
-         "MICRO_BATCH_TOKENS={micro_batch_tokens}: must hold at least one window of TRAIN_SEQ_LEN={train_seq_len}"),
-        (c.eval_stride <= c.eval_seq_len, "EVAL_STRIDE={eval_stride}: must be at most EVAL_SEQ_LEN={eval_seq_len}"),
-        (set(c.recur_layers) <= layers and contiguous,
-         "RECUR_LAYERS={recur_layers}: must be consecutive layers below NUM_LAYERS={num_layers}, or use VIRTUAL_ORDER"),
-        (not c.virtual_order or set(c.virtual_order) == layers,
-         "VIRTUAL_ORDER={virtual_order}: must name every layer below NUM_LAYERS={num_layers} and no other"),
-        (not c.lanes_split or lanes == sorted(lanes),
-         "PARALLEL_START_LAYER={parallel_start_layer}: the recurrent order runs an earlier layer after the lanes split"),
-        (not c.ve_enabled or (set(c.ve_layers) <= layers and len(set(c.ve_layers)) == len(c.ve_layers)),
-         "VE_LAYERS={ve_layers}: must be different layers below NUM_LAYERS={num_layers}"),
-        (not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
-         "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds}: must be less than MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"),
-        (not c.input_path or c.stage in ("quantize", "evaluate"),
-         "INPUT_PATH={input_path}: has a meaning only with STAGE=quantize or STAGE=evaluate"),
-        (re.fullmatch(r"[\w.-]*", c.run_id) and not c.run_id.startswith("."),
-         "RUN_ID={run_id}: use letters, digits, '_', '-' and '.' (it names a folder and a log)"),
+        (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads", "must be a multiple of NUM_KV_HEADS"),
+        (c.head_dim % 2 == 0, "num_heads", "the head width MODEL_DIM / NUM_HEADS must be even"),
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
+         "must be even and at most the head width MODEL_DIM / NUM_HEADS"),
+        (c.eval_seq_len <= c.train_seq_len or (c.rope_dims or c.head_dim) > 2, "eval_seq_len",
+         "longer than TRAIN_SEQ_LEN needs ROPE_DIMS above 2"),
+        (c.embedding_dim in (None, c.model_dim), "embedding_dim", "not built; unset it"),
+        (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
+        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
+         f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens",
+         f"must hold at least one window of TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
+        (set(recur) <= layers and contiguous, "recur_layers",
+         "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
+        (not c.virtual_order or set(c.virtual_order) == layers, "virtual_order",
+         "must name every layer below NUM_LAYERS and no other"),
+        (not c.lanes_split or lanes == sorted(lanes), "parallel_start_layer",
+         "the recurrent order runs an earlier layer after the lanes have split"),
+        (not c.ve_enabled or sorted(c.ve_layers) == sorted(set(c.ve_layers) & layers), "ve_layers",
+         "must be different layers below NUM_LAYERS"),
+        (not limit or c.gptq_reserve_seconds < limit, "gptq_reserve_seconds",
+         "must be less than MAX_WALLCLOCK_SECONDS"),
+        (not c.input_path or c.stage in ("quantize", "evaluate"), "input_path",
+         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
+        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
+         "names a folder: use letters, digits, '_', '-' and '.'"),
     ]
-    return [text.format(**c.public()) for holds, text in rules if not holds]
+    return [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
+            for holds, name, rule in rules if not holds]
 
 
 def parse_setting(text: str, kind: str):
-    """Return `text` as the annotated type `kind` of a knob; raises ValueError saying what was expected."""
-    text = text.strip()
-    if kind.endswith("| None"):
-        if text.lower() in ("", "auto"):
-            return None
-        kind = kind.split(" ")[0]
-    if kind == "bool":
-        if text.lower() not in ("0", "1", "false", "true"):
-            raise ValueError("0 or 1")
-        return text.lower() in ("1", "true")
+    """Return `text` as a knob's annotated type; raises ValueError saying what was expected."""
+    text, (kind, *optional) = text.strip(), kind.split(" | ")
+    if optional and text.lower() in ("", "auto"):
+        return None
+    words = {"0": False, "false": False, "1": True, "true": True}
     try:
-        if kind == "int":
-            return int(text)
-        if kind == "float":
-            value = float(text)
-            if not math.isfinite(value):
-                raise ValueError
-            return value
-        items = [part.strip() for part in text.split(",") if part.strip()]
-        return text if kind == "str" else tuple(items) if "str" in kind else tuple(int(item) for item in items)
-    except ValueError:
-        expected = {"int": "a whole number", "float": "a finite number"}.get(kind, "whole numbers with commas between")
-        raise ValueError(expected) from None
+        if kind == "str":
+            return text
+        if kind == "bool":
+            return words[text.lower()]
+        if kind == "float" and not math.isfinite(float(text)):
+            raise ValueError
+        if kind.startswith("tuple"):
+            items = [part.strip() for part in text.split(",") if part.strip()]
+            return tuple(items if "str" in kind else map(int, items))
+        return {"int": int, "float": float}[kind](text)
+    except (ValueError, KeyError):
+        expected = {"int": "a whole number", "float": "a finite number", "bool": "0 or 1"}
+        raise ValueError(expected.get(kind, "whole numbers with commas between")) from None
 
 
 def slips(a: str, b: str) -> int:
     """Return the Damerau-Levenshtein distance (adjacent swaps count once) of two names."""
-    before, row = None, list(range(len(b) + 1))
+    rows = [list(range(len(b) + 1))]
     for i, x in enumerate(a, 1):
-        last, row, before = row, [i], row if i == 1 else before
+        row = [i]
         for j, y in enumerate(b, 1):
-            cost = min(row[j - 1] + 1, last[j] + 1, last[j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                cost = min(cost, before[j - 2] + 1)
+            cost = min(row[j - 1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (x != y))
+            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
+                cost = min(cost, rows[-2][j - 2] + 1)
             row.append(cost)
-        before = last
-    return row[-1]
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def misspelt(name: str, known) -> str | None:
@@ -418,9 +405,8 @@ def misspelt(name: str, known) -> str | None:
     plain = name.upper().replace("-", "_")
     for other in known:
         allowed = 2 if min(len(plain), len(other)) >= 10 else 1
-        if plain.replace("_", "") == other.replace("_", ""):
-            return other
-        if abs(len(plain) - len(other)) <= allowed and slips(plain, other) <= allowed:
+        near = abs(len(plain) - len(other)) <= allowed and slips(plain, other) <= allowed
+        if near or plain.replace("_", "") == other.replace("_", ""):
             return other
     return None
 
@@ -435,28 +421,31 @@ def same_value(text: str, neutral: str) -> bool:
         return text == neutral
 
 
+def name_faults(env) -> list[str]:
+    """Return faults of names: slips of a setting, and other systems' names at a value not built."""
+    known = [*(name.upper() for name in KNOBS), *WITHOUT_EFFECT, *NEUTRAL]
+    allowed, faults = {part.strip() for part in env.get("ALLOW_ENV", "").split(",")}, []
+    for name in sorted(set(env) - set(known) - allowed):
+        if other := misspelt(name, known):
+            faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
+                          f"If it is not meant for this script: ALLOW_ENV={name}")
+    for name, neutral in NEUTRAL.items():
+        if env.get(name, "") != "" and not same_value(env[name], neutral):
+            only = f"only {name}={neutral} describes this script; " if neutral else ""
+            faults.append(f"{name}={env[name]}: not built; {only}unset it")
+    return faults
+
+
 def load_config(env) -> Config:
     """Return the Config that a mapping of environment variables describes.
 
     Raises ConfigError with all faults at once: misspelt names, bad types, ranges, combinations,
     names of other systems at a value this script does not build.
     """
-    faults, values = [], {}
-    known = [name.upper() for name in KNOBS] + list(WITHOUT_EFFECT) + list(NEUTRAL)
-    allowed = {part.strip() for part in env.get("ALLOW_ENV", "").split(",")}
-    for name in sorted(set(env) - set(known) - allowed):
-        other = misspelt(name, known)
-        if other:
-            faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
-                          f"If it is not meant for this script: ALLOW_ENV={name}")
-    for name, neutral in NEUTRAL.items():
-        if env.get(name, "") != "" and not same_value(env[name], neutral):
-            only = f"only {name}={neutral} describes this script" if neutral else "it has no equivalent here"
-            faults.append(f"{name}={env[name]}: not built; {only}; unset it")
-    preset = env.get("PRESET", "").strip()
+    faults, preset = name_faults(env), env.get("PRESET", "").strip()
     if preset and preset not in PRESETS:
         faults.append(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
-    values.update(PRESETS.get(preset, {}))
+    values = dict(PRESETS.get(preset, {}))
     for name, f in KNOBS.items():
         if name.upper() in env:
             try:
@@ -473,76 +462,79 @@ def load_config(env) -> Config:
 
 
 def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
-    """Return `config` as `stage` must use it: what the input file was made with, unless set otherwise.
+    """Return `config` for `stage`: as its input file was made, unless the stage's settings are set.
 
     Raises ConfigError when a setting that an earlier stage consumed is set to another value than
     the file's: it could not have any effect any more.
     """
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
-    if not set(stored) <= set(KNOBS):
-        raise ConfigError([f"{origin}: holds settings unknown here: {sorted(set(stored) - set(KNOBS))}; "
-                           "use the train_gpt.py that wrote it"])
-    faults, values = [], {}
-    for name, value in stored.items():
+    faults = [f"{origin}: holds setting {name}, unknown here; use the train_gpt.py that wrote it"
+              for name in stored if name not in KNOBS]
+    values = {}
+    for name in set(stored) & set(KNOBS):
+        value, current = stored[name], getattr(config, name)
         earlier = STAGES.index(KNOBS[name].metadata["stage"]) < STAGES.index(stage)
-        if earlier and name in config.explicit and getattr(config, name) != value:
-            faults.append(f"{name.upper()}={getattr(config, name)}: {origin} was made with {value}; unset it")
+        if earlier and name in config.explicit and current != value:
+            faults.append(f"{name.upper()}={show_value(current)}: {origin} was made with "
+                          f"{show_value(value)}; unset it")
         elif earlier or name not in config.explicit:
             values[name] = value
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(sorted(faults))
     return dataclasses.replace(config, **values)
 
 
 def artifact_config(config: Config) -> dict:
     """Return the settings that determine model, codes or score: never ids, paths, host or time."""
     return {name: getattr(config, name) for name, f in KNOBS.items()
-            if f.metadata["topic"] in ARTIFACT_TOPICS or name == "seed"}
+            if f.metadata["topic"] in ARTIFACT_TOPICS}
 
 
 def notices(config: Config, env) -> list[str]:
     """Return lines about settings that are set but cannot act in this run."""
-    lines = [f"{name}={env[name]}: known, without effect: {why}" for name, why in WITHOUT_EFFECT.items() if name in env]
-    for name in sorted(config.explicit):
-        stage = KNOBS[name].metadata["stage"]
-        if config.stage != "all" and stage in STAGES and name.upper() in env:
+    lines = [f"{name}={env[name]}: known, without effect: {why}"
+             for name, why in WITHOUT_EFFECT.items() if name in env]
+    for name, f in KNOBS.items():
+        stage = f.metadata["stage"]
+        if name.upper() in env and "run" != stage != config.stage != "all":
             if STAGES.index(stage) > STAGES.index(config.stage):
-                lines.append(f"{name.upper()}={env[name.upper()]}: acts in STAGE={stage}; kept in this run's files")
-            elif stage != config.stage and KNOBS[name].metadata["topic"] not in ARTIFACT_TOPICS and name != "seed":
-                lines.append(f"{name.upper()}={env[name.upper()]}: without effect in STAGE={config.stage}")
-    if config.recur_start_frac is not None and "RECUR_START_STEP" in env:
-        lines.append("RECUR_START_STEP: beaten by RECUR_START_FRAC")
-    if config.virtual_order and "RECUR_LAYERS" in env:
-        lines.append("RECUR_LAYERS: beaten by VIRTUAL_ORDER")
+                lines.append(f"{name.upper()}: acts in STAGE={stage}; kept in this run's files")
+            elif f.metadata["topic"] not in ARTIFACT_TOPICS:
+                lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
+    for loser, winner in (("RECUR_START_STEP", "recur_start_frac"),
+                          ("RECUR_LAYERS", "virtual_order"),
+                          ("MUON_MOMENTUM_WARMUP_STEPS", "muon_momentum_warmup_frac")):
+        if loser in env and getattr(config, winner) not in (None, ()):
+            lines.append(f"{loser}: beaten by {winner.upper()}")
     return lines
-
-
-def help_text() -> str:
-    """Return the `--help` page: every setting by topic, presets, foreign names."""
-    lines = [__doc__.strip(), "", "Settings (NAME = default  meaning [source]); set them as environment variables:"]
-    for topic in TOPICS:
-        lines.append(f"\n{topic}")
-        for f in (f for f in KNOBS.values() if f.metadata["topic"] == topic):
-            meta = f.metadata
-            default = show_value(f.default)
-            text = meta["note"] + (f" ({' | '.join(meta['choices'])})" if meta["choices"] else "")
-            lines.append(f"  {f.name.upper()} = {default}\n      {text}" + (f" [{meta['source']}]" if meta["source"] else ""))
-    lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
-    for name, values in PRESETS.items():
-        lines.append(f"  {name}: " + " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items()))
-    lines.append("\nknown, without effect\n  " + "  ".join(WITHOUT_EFFECT))
-    lines.append("\nnot built: accepted only at the value shown ('' = unset)\n  "
-                 + "  ".join(f"{name}={value}" for name, value in NEUTRAL.items()))
-    return "\n".join(lines)
 
 
 def show_value(value) -> str:
     """Return a setting's value as one would type it."""
-    if value is None:
-        return "auto"
-    if isinstance(value, bool):
-        return str(int(value))
+    if isinstance(value, bool) or value is None:
+        return "auto" if value is None else str(int(value))
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def help_text() -> str:
+    """Return the `--help` page: every setting by topic, presets, foreign names."""
+    lines = [__doc__.strip(), "", "Settings are environment variables: NAME = default, meaning."]
+    for topic in TOPICS:
+        lines.append(f"\n{topic}")
+        for name, f in KNOBS.items():
+            if f.metadata["topic"] == topic:
+                extra = [" | ".join(f.metadata["choices"]), f.metadata["source"]]
+                extra = "".join(f" [{part}]" for part in extra if part)
+                lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
+                             f"      {f.metadata['note']}{extra}")
+    lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
+    for name, values in PRESETS.items():
+        settings = " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items())
+        lines.append(f"  {name}: {settings}")
+    lines.append("\nknown, without effect\n  " + " ".join(WITHOUT_EFFECT))
+    foreign = " ".join(f"{name}={value}" for name, value in NEUTRAL.items())
+    lines.append(f"\nnot built, accepted only at the value shown (none: unset)\n  {foreign}")
+    return "\n".join(lines)
 
 
 # == 2 Runtime: ranks, device, clock, log, files ==================================================
@@ -1066,7 +1058,7 @@ class Loader:
 
     def __init__(self, shards: ShardSet, config: Config, runtime: Runtime):
         self.shards, self.seed, self.vocab_size = shards, config.seed, config.vocab_size
-        self.per_step = config.train_batch_tokens // config.train_seq_len
+        self.per_step = config.step_windows
         self.per_rank = self.per_step // runtime.world_size
         self.offset, self.device = runtime.rank * self.per_rank, runtime.device
         self.pool = ThreadPoolExecutor(1)
@@ -2255,7 +2247,7 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
 
 def micro_batch_sequences(config: Config, world_size: int) -> int:
     """Return windows per forward on one rank: the largest even split of its share within MICRO_BATCH_TOKENS."""
-    share = config.train_batch_tokens // config.train_seq_len // world_size
+    share = config.step_windows // world_size
     most = max(1, config.micro_batch_tokens // config.train_seq_len)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
 
@@ -2310,7 +2302,7 @@ class Trainer:
         config, bank = self.config, self.state.optimizers.bank
         layouts = list(dict.fromkeys((self.plain_layout, self.recurrent_layout)))
         saved = {dtype: flat.clone() for dtype, flat in bank.weights.items()}
-        share = config.train_batch_tokens // config.train_seq_len // self.runtime.world_size
+        share = config.step_windows // self.runtime.world_size
         windows, steps = self.synthetic(share, config.train_seq_len), max(config.warmup_steps, 2 * len(layouts))
         for i in range(steps):
             layout, since = layouts[i % len(layouts)], time.perf_counter()
@@ -2505,9 +2497,9 @@ class Calibration:
         config, runtime = self.config, self.runtime
         first_only = config.hessian_ranks == "first"
         # PR #1471: rank 0's eighth of each of the first training batches; else consecutive windows
-        apart = config.train_batch_tokens // config.train_seq_len if first_only else self.sequences
-        starts = range(0, -(-config.calibration_sequences // self.sequences))
-        shares = [(i * apart, min(self.sequences, config.calibration_sequences - i * self.sequences)) for i in starts]
+        apart = config.step_windows if first_only else self.sequences
+        starts = range(0, -(-config.calibration_windows // self.sequences))
+        shares = [(i * apart, min(self.sequences, config.calibration_windows - i * self.sequences)) for i in starts]
         return shares[runtime.rank::runtime.world_size] if not first_only else shares * (runtime.rank == 0)
 
     def forwards(self) -> int:
@@ -2664,7 +2656,7 @@ def package_faults(config: Config) -> list[str]:
 
 def world_faults(config: Config, runtime: Runtime) -> list[str]:
     """Return faults between the settings and the number of ranks."""
-    sequences = config.train_batch_tokens // config.train_seq_len
+    sequences = config.step_windows
     if config.runs("train") and sequences % runtime.world_size:
         return [f"nproc_per_node: {runtime.world_size} ranks do not divide the {sequences} windows of a step "
                 f"(TRAIN_BATCH_TOKENS={config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len}); change one"]
