@@ -2546,10 +2546,7 @@ class Calibration:
         return self.model.get_parameter(self.readers[name][0]).shape[1]
 
 
-# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
-
-TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
-
+# == 11b Preflight: what is checked and told before a run ========================================
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -2557,21 +2554,128 @@ class RunFiles:
 
     run_id: str
 
-    @property
-    def folder(self) -> Path:
-        return Path("runs") / self.run_id
-
+    folder = property(lambda self: Path("runs", self.run_id))
     weights = property(lambda self: self.folder / "final_model.weights")
     stats = property(lambda self: self.folder / "final_model.stats")
     artifact = property(lambda self: self.folder / "final_model.int6.ptz")
     scores = property(lambda self: self.folder / "scores.json")
     events = property(lambda self: self.folder / "events.jsonl")
-    text_log = property(lambda self: Path("logs") / f"{self.run_id}.txt")
+    text_log = property(lambda self: Path("logs", f"{self.run_id}.txt"))
 
     def source(self, config: Config, product: Path) -> Path:
-        """Return where a stage reads `product`: INPUT_PATH (a run's folder, or the file itself), else this run."""
+        """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
         given = Path(config.input_path or self.folder)
         return given if given.is_file() else given / product.name
+
+    def stage_input(self, config: Config) -> tuple[Path, str] | None:
+        """Return (file, kind) of what a lone later stage starts from."""
+        inputs = {"quantize": (self.weights, "weights"), "evaluate": (self.artifact, "artifact")}
+        product, kind = inputs.get(config.stage, (None, None))
+        return product and (self.source(config, product), kind)
+
+
+def code_bytes() -> int:
+    return Path(__file__).stat().st_size
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def file_faults(config: Config, files: RunFiles) -> list[str]:
+    """Return missing inputs, products that would be overwritten, and a full or closed disk."""
+    faults, start = [], files.stage_input(config)
+    if start and not start[0].is_file():
+        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
+                      "to a run that has it")
+    elif config.stage == "quantize" and config.gptq_enabled:
+        if not (stats := start[0].with_name(files.stats.name)).is_file():
+            faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
+                          "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
+    outputs = {"train": files.weights, "quantize": files.artifact, "evaluate": files.scores}
+    made = [path for stage, path in outputs.items() if config.runs(stage) and path.exists()]
+    if made:
+        faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
+                      "another RUN_ID")
+    free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
+    if free < need:
+        faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; "
+                      "free some space")
+    if not os.access(".", os.W_OK):
+        faults.append(f"{Path.cwd()}: not writable, and logs/ and runs/ go here; start elsewhere")
+    return faults
+
+
+def disk_need_bytes(config: Config) -> int:
+    """Return the bytes a run may write: fp32 weights and Hessians, the artifact, logs."""
+    model, need = meta_model(config), 8 << 20
+    if config.runs("train"):
+        need += sum(4 * p.numel() for p in model.parameters())
+        observed = [readers[0] for readers in model.input_groups().values()] + ["tok_emb.weight"]
+        need += sum(4 * model.get_parameter(name).shape[1] ** 2 for name in observed)
+    return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
+
+
+def package_faults(config: Config) -> list[str]:
+    """Return missing packages, and a coder that does not give back what it got."""
+    faults, sample = [], bytes(range(256)) * 8
+    if sentencepiece is None and config.stage != "quantize":
+        faults.append("sentencepiece is not installed: pip install sentencepiece")
+    if config.compressor == "brotli" and brotli is None:
+        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
+    try:
+        assert decompress(compress(sample, config.compressor), config.compressor, 2048) == sample
+    except Exception as error:  # a coder too old for bounded decompression, say
+        faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); "
+                      "pip install -U 'brotli>=1.2'")
+    return faults
+
+
+def device_faults(config: Config, runtime: Runtime) -> list[str]:
+    """Return faults between the settings, the number of ranks and the memory of a GPU."""
+    faults = []
+    if config.runs("train") and config.step_windows % runtime.world_size:
+        faults.append(f"nproc_per_node: {runtime.world_size} ranks do not divide the "
+                      f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
+                      f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})")
+    elif config.runs("train") and runtime.device.type == "cuda" and runtime.is_main:
+        have = torch.cuda.get_device_properties(runtime.device).total_memory
+        need = predict_peak_bytes(config, runtime)
+        if need > 1.3 * have:
+            faults.append(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
+                          f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it")
+    return faults
+
+
+def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
+    """Return every fault, of all ranks together, that would end the run later."""
+    faults = package_faults(config) + device_faults(config, runtime) + data_faults(config)
+    if runtime.is_main:
+        faults += file_faults(config, files)
+    return list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
+
+
+def predict(config: Config, runtime: Runtime) -> dict:
+    """Return what can be told before a run, without data; `text_report` says it in a line."""
+    report = dict(parameters=sum(p.numel() for p in meta_model(config).parameters()))
+    parts = [f"{report['parameters']} parameters"]
+    if config.runs("train"):
+        steps, seconds = predict_steps(config, runtime)
+        peak_mib = predict_peak_bytes(config, runtime) >> 20
+        report.update(steps=steps, step_ms=round(1000 * seconds, 1), peak_mib=peak_mib)
+        rule = "a rough guess" if config.max_wallclock_seconds else "bounded by ITERATIONS"
+        parts += [f"{steps} steps of about {1000 * seconds:.0f} ms ({rule})",
+                  f"peak memory about {peak_mib} MiB on {runtime.device.type}"]
+    if config.runs("quantize"):
+        total, remark = predict_artifact_bytes(config, code_bytes())
+        report.update(total_bytes=total)
+        parts.append(f"code + artifact about {total} of {config.artifact_max_bytes} bytes: {remark}")
+    return dict(report, text_report="; ".join(parts))
+
+
+# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
+
+TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
 
 
 @dataclass(frozen=True)
@@ -2590,179 +2694,86 @@ class Session:
             return GPT(self.config, self.attend, self.runtime.compute_dtype)
 
 
-def code_bytes() -> int:
-    return Path(__file__).stat().st_size
-
-
-def input_product(config: Config, files: RunFiles) -> tuple[Path, str] | None:
-    """Return (file, kind) of what a lone later stage starts from."""
-    products = {"quantize": (files.weights, "weights"), "evaluate": (files.artifact, "artifact")}
-    if config.stage not in products:
-        return None
-    product, kind = products[config.stage]
-    return files.source(config, product), kind
-
-
-def file_faults(config: Config, files: RunFiles) -> list[str]:
-    """Return faults of inputs and outputs: missing stage inputs, products that would be overwritten, a full disk."""
-    faults = []
-    start = input_product(config, files)
-    if start and not start[0].is_file():
-        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH to a run that has it")
-    if config.stage == "quantize" and config.gptq_enabled and start[0].is_file():
-        stats = start[0].with_name(files.stats.name)
-        if not stats.is_file():
-            faults.append(f"STAGE=quantize: {stats} does not exist; calibrate (STAGE=train) or set GPTQ_ENABLED=0")
-    outputs = {"train": [files.weights, files.stats], "quantize": [files.artifact], "evaluate": [files.scores]}
-    made = [path for stage in STAGES if config.runs(stage) for path in outputs[stage] if path.exists()]
-    if made:
-        faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose another RUN_ID")
-    try:
-        free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
-        if free < need:
-            faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; free some space")
-    except OSError as error:
-        faults.append(f"disk: {error}")
-    if not os.access(".", os.W_OK):
-        faults.append(f"{Path.cwd()}: not writable, and logs/ and runs/ go here; start in another folder")
-    return faults
-
-
-def disk_need_bytes(config: Config) -> int:
-    """Return the bytes a run may write: weights and Hessians in fp32, the artifact, logs."""
-    model, need = meta_model(config), 8 << 20
-    if config.runs("train"):
-        need += sum(4 * p.numel() for p in model.parameters())
-        groups = [readers[0] for readers in model.input_groups().values()] + ["tok_emb.weight"]
-        need += sum(4 * model.get_parameter(name).shape[1] ** 2 for name in groups)
-    return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
-
-
-def package_faults(config: Config) -> list[str]:
-    """Return missing packages and coders that do not give back what they got."""
-    faults = []
-    if sentencepiece is None and config.stage != "quantize":
-        faults.append("sentencepiece is not installed: pip install sentencepiece")
-    needs_brotli = config.compressor == "brotli"
-    if needs_brotli and brotli is None:
-        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
-    try:
-        sample = bytes(range(256)) * 8
-        assert decompress(compress(sample, config.compressor), config.compressor, len(sample)) == sample
-    except Exception as error:
-        faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); pip install -U 'brotli>=1.2'")
-    return faults
-
-
-def world_faults(config: Config, runtime: Runtime) -> list[str]:
-    """Return faults between the settings and the number of ranks."""
-    sequences = config.step_windows
-    if config.runs("train") and sequences % runtime.world_size:
-        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the {sequences} windows of a step "
-                f"(TRAIN_BATCH_TOKENS={config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len}); change one"]
-    return []
-
-
-def predictions(config: Config, runtime: Runtime) -> dict:
-    """Return what can be told before a run: parameters, steps, memory, artifact bytes."""
-    report = dict(parameters=sum(p.numel() for p in meta_model(config).parameters()))
-    if config.runs("train"):
-        steps, seconds = predict_steps(config, runtime)
-        report.update(predicted_steps=steps, predicted_step_ms=round(1000 * seconds, 1))
-        report.update(predicted_peak_mib=predict_peak_bytes(config, runtime) >> 20)
-    if config.runs("quantize"):
-        total, remark = predict_artifact_bytes(config, code_bytes())
-        report.update(predicted_total_bytes=total, artifact_remark=remark)
-    return report
-
-
-def prediction_lines(config: Config, runtime: Runtime, report: dict) -> str:
-    """Return the predictions as one readable line."""
-    parts = [f"{report['parameters']} parameters"]
-    if "predicted_steps" in report:
-        rule = "bounded by ITERATIONS" if not config.max_wallclock_seconds else "a rough guess"
-        parts.append(f"{report['predicted_steps']} steps of about {report['predicted_step_ms']} ms ({rule})")
-        parts.append(f"peak memory about {report['predicted_peak_mib']} MiB on {runtime.device.type}")
-    if "predicted_total_bytes" in report:
-        parts.append(f"code + artifact about {report['predicted_total_bytes']} of {config.artifact_max_bytes} bytes "
-                     f"({report['artifact_remark']})")
-    return "; ".join(parts)
-
-
-def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
-    """Return every fault, on all ranks together, that would end the run later; checked before any GPU time is spent."""
-    faults = package_faults(config) + world_faults(config, runtime) + data_faults(config)
-    if runtime.is_main:
-        faults += file_faults(config, files)
-    if runtime.is_main and config.runs("train") and runtime.device.type == "cuda":
-        total, peak = torch.cuda.get_device_properties(runtime.device).total_memory, predict_peak_bytes(config, runtime)
-        if peak > 1.3 * total:
-            faults.append(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about {peak >> 20} MiB of the "
-                          f"{total >> 20} MiB this GPU has; lower it")
-    return list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def log_head(session: Session, env, report: dict):
+    """Log source, versions, hardware and configuration: what repeating the run needs."""
+    config, runtime, log = session.config, session.runtime, session.log
+    source = Path(__file__).read_text(encoding="utf-8")
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    log.event("source", console=False, text_source=source, sha256=digest)
+    facts = runtime.describe()
+    smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
+    table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
+    log.event("environment", console=False, text_versions=f"{json.dumps(facts)}\n{table}", **facts)
+    shown = {name: show_value(value) for name, value in config.public().items()}
+    lines = "\n".join(f"  {name}: {value}" for name, value in sorted(shown.items()))
+    log.event("config", console=False, text_table=lines, **config.public())
+    changed = {name: shown[name] for name in sorted(config.explicit)
+               if getattr(config, name) != KNOBS[name].default}
+    text = " ".join(f"{name.upper()}={value}" for name, value in changed.items())
+    log.event("overrides", text_values=text or "none", values=changed)
+    for line in notices(config, env):
+        log.event("notice", text=line)
+    log.event("preflight", **report)
 
 
 def describe_data(session: Session, text: Validation):
     """Log what is scored and by which bytes."""
-    session.log.event("val_data", scored_tokens=len(text.target_bytes))
-    session.log.event("val_counts", scored_tokens=len(text.target_bytes), all_tokens=text.all_targets,
-                      legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
-                      table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
+    scored, log = len(text.target_bytes), session.log
+    log.event("val_data", scored_tokens=scored)
+    log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
+              legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
+              table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
 
 
 def timed_score(session: Session, kind: str, losses_of, text: Validation, stride: int) -> Score:
     """Score a text and log it as event `kind` with its time."""
-    config, since = session.config, time.perf_counter()
+    config, log, since = session.config, session.log, time.perf_counter()
     windows = (config.eval_seq_len, stride, config.eval_batch_windows)
     found = score(losses_of, text, windows, session.runtime,
-                  lambda done, total, began: session.log.progress(kind, done, total, began))
-    session.runtime.synchronize()
-    session.log.event(kind, val_loss=found.loss, val_bpb=found.bpb, eval_ms=1000 * (time.perf_counter() - since),
-                      tokens=found.tokens, bytes=found.bytes)
+                  lambda done, total, began: log.progress(kind, done, total, began))
+    log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
+              eval_ms=1000 * (time.perf_counter() - since))
     return found
 
 
 def train_stage(session: Session) -> dict:
-    """Train, average, calibrate; write weights, then statistics. Returns facts for the result line."""
-    config, runtime, log, clock, files = (getattr(session, n) for n in ("config", "runtime", "log", "clock", "files"))
+    """Train, average, calibrate; write weights, then statistics. Returns facts for the result."""
+    config, runtime, log, clock = session.config, session.runtime, session.log, session.clock
     with clock.span("setup"):
         text = load_validation(config)
         shards = ShardSet(find_shards(config.shard_dir, "train"), config.train_seq_len)
-        log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens, windows=shards.num_windows)
+        log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens,
+                  windows=shards.num_windows, sha256=shards.fingerprint())
         describe_data(session, text)
         trainer = start_training(session)
-    state = trainer.state
-    calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
+        state, loader = trainer.state, Loader(shards, config, runtime)
+        calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
     with clock.span("warmup"):
         budget = warm_up_and_budget(session, trainer, calibration)
     state.average = Average(state.optimizers.bank, config.ema_decay)
-    loader = Loader(shards, config, runtime)
-    windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
-    trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text, windows, runtime))
-    allocated, reserved = runtime.peak_memory_mib()
-    log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
+    whole_windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
+    trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text,
+                                                       whole_windows, runtime))
     log.event("ema")
     state.average.apply()
     header = dict(config=artifact_config(config), order=list(state.layout.order), steps=state.step,
-                  tokenizer_sha256=file_sha256(config.tokenizer_file), train_sha256=shards.fingerprint())
+                  tokenizer_sha256=file_sha256(config.tokenizer_file),
+                  train_sha256=shards.fingerprint())
     with clock.span("write"):
-        size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), state.average.state(state.model))
+        size = runtime.first(write_tensors, session.files.weights, dict(header, kind="weights"),
+                             state.average.state(state.model))
         log.event("weights", bytes=size)
-    log.event("code_size", bytes=code_bytes())
+        log.event("code_size", bytes=code_bytes())
     if calibration:
-        calibrate_and_write(session, calibration, state.layout, loader, header)
+        calibrate(session, calibration, state.layout, loader, header)
     loader.close()
+    facts = dict(steps=state.step, training_seconds=round(clock.training_seconds(), 3))
     with clock.span("validation"):
-        prequant = timed_score(session, "prequant", trainer.losses_of(state.layout), text, config.eval_seq_len)
-        facts = dict(steps=state.step, prequant_bpb=prequant.bpb, train_seconds=round(clock.training_seconds(), 3),
-                     peak_memory_mib=allocated)
-        if config.prequant_sliding:
-            sliding = timed_score(session, "prequant_sliding", trainer.losses_of(state.layout), text, config.eval_stride)
-            facts.update(prequant_sliding_bpb=sliding.bpb)
+        kinds = {"prequant": config.eval_seq_len}
+        kinds.update({"prequant_sliding": config.eval_stride} if config.prequant_sliding else {})
+        for kind, stride in kinds.items():
+            losses_of = trainer.losses_of(state.layout)
+            facts[f"{kind}_bpb"] = timed_score(session, kind, losses_of, text, stride).bpb
     return facts
 
 
@@ -2771,68 +2782,67 @@ def start_training(session: Session) -> Trainer:
     config, runtime, log = session.config, session.runtime, session.log
     model = session.build_model()
     model.init_weights(config.seed)
-    log.event("parameters", count=sum(p.numel() for p in model.parameters()))
     groups = partition(model)
+    log.event("parameters", count=sum(p.numel() for p in model.parameters()))
     log.event("optimizer", matrices=len(groups[Role.MATRIX]), embeddings=len(groups[Role.EMBED]),
               controls=len(groups[Role.CONTROL]))
     state = TrainState(model, Optimizers(model, config, runtime), None, layouts_of(config)[0])
     return Trainer(state, config, runtime, log, session.clock)
 
 
-def warm_up_and_budget(session: Session, trainer: Trainer, calibration: Calibration | None) -> float:
-    """Warm up, time calibration, fix the schedule's budget in seconds (0: bounded by steps), and say what follows."""
-    config, log = session.config, session.log
+def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float:
+    """Warm up, time calibration, and return the schedule's budget in seconds (0: steps only)."""
+    config, log, budget = session.config, session.log, session.config.max_wallclock_seconds
     if config.warmup_steps:
         trainer.warm_up()
-    budget = config.max_wallclock_seconds
     if budget and calibration:
         windows = trainer.synthetic(calibration.sequences, config.train_seq_len)
         calibration.measure(trainer.recurrent_layout, windows[:, :-1])
         reserve = calibration.reserve_seconds()
-        log.event("reserve_measured", batch_seconds=calibration.forward_seconds, forwards=calibration.forwards(),
-                  reserve_seconds=reserve)
+        log.event("reserve_measured", batch_seconds=calibration.forward_seconds,
+                  forwards=calibration.forwards(), reserve_seconds=reserve)
         budget -= reserve
         if budget <= 0:
-            raise ConfigError([f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}: calibration alone needs "
-                               f"{reserve:.1f} s; raise it or lower GPTQ_CALIBRATION_BATCHES"])
+            raise ConfigError([f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}: calibration "
+                               f"alone needs {reserve:.1f} s; raise it or lower "
+                               "GPTQ_CALIBRATION_BATCHES"])
         log.event("reserve", reserve_seconds=reserve, effective_ms=1000 * budget)
-    describe_recurrence(session, trainer, budget)
+    if trainer.plain_layout != trainer.recurrent_layout:
+        describe_recurrence(session, trainer, budget)
     return budget
 
 
 def describe_recurrence(session: Session, trainer: Trainer, budget: float):
     """Say when the recurrent order starts, or that it never can."""
-    config = session.config
-    if trainer.plain_layout == trainer.recurrent_layout:
-        return
-    step_seconds = trainer.step_seconds.get(trainer.plain_layout)
-    steps = min(config.iterations, int(budget / step_seconds)) if budget and step_seconds else config.iterations
+    config, step_seconds = session.config, trainer.step_seconds.get(trainer.plain_layout)
+    fitting = int(budget / step_seconds) if budget and step_seconds else config.iterations
+    steps = min(config.iterations, fitting)
     if config.recur_start_frac is not None:
         never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
     else:
-        never, when = config.recur_start_step >= steps, f"at step {config.recur_start_step} of about {steps}"
+        start = config.recur_start_step
+        never, when = start >= steps, f"at step {start} of about {steps}"
     if never:
-        when = f"never: RECUR_START_STEP={config.recur_start_step}, about {steps} steps fit; set RECUR_START_FRAC"
+        when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
     session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
                       order=list(trainer.recurrent_layout.order))
 
 
-def calibrate_and_write(session: Session, calibration: Calibration, layout: Layout, loader: Loader, header: dict):
+def calibrate(session: Session, calibration, layout: Layout, loader: Loader, header: dict):
     """Collect Hessians on the clock, then write them."""
-    log, clock = session.log, session.clock
+    log, clock, before = session.log, session.clock, session.clock.training_seconds()
     log.event("collecting")
-    since = clock.training_seconds()
     with clock.span("calibrate"):
         hessians = calibration.run(layout, loader, clock, log)
-    reported = sum(len(readers) for readers in calibration.readers.values())
-    log.event("collected", hessians=reported, seconds=clock.training_seconds() - since)
+    log.event("collected", hessians=sum(len(readers) for readers in calibration.readers.values()),
+              seconds=clock.training_seconds() - before)
     with clock.span("write"):
         header = dict(header, kind="stats", readers=calibration.readers)
         session.runtime.first(write_tensors, session.files.stats, header, hessians)
 
 
 def quantize_stage(session: Session) -> dict:
-    """Turn averaged weights and their Hessians into the artifact; no data, no forward. Rank 0 works alone."""
+    """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
     with session.clock.span("quantize"):
         return session.runtime.first(quantize_files, session)
 
@@ -2843,137 +2853,126 @@ def quantize_files(session: Session) -> dict:
     source = files.source(session.config, files.weights)
     header, weights = read_tensors(source, "weights")
     config = adopt(session.config, header, "quantize", source)
+    if not all(torch.isfinite(w).all() for w in weights.values()):
+        raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower "
+                         "the learning rates")
     hessians = {}
     if config.gptq_enabled:
-        stats, sums = read_tensors(source.with_name(files.stats.name), "stats")
-        hessians = {reader: sums[name] for name, readers in stats["readers"].items() for reader in readers}
-        if "ve.proj.weight" in weights:  # each table row reaches the model through the projection
+        stats, means = read_tensors(source.with_name(files.stats.name), "stats")
+        hessians = {reader: means[name] for name, readers in stats["readers"].items()
+                    for reader in readers}
+        if "ve.proj.weight" in weights:  # a table row reaches the model through the projection
             projection = weights["ve.proj.weight"]
             hessians["ve.table.weight"] = projection.T @ projection
-    if any(not torch.isfinite(w).all() for w in weights.values()):
-        raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower the learning rates")
     quantizer = Quantizer(weights, hessians, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
-    log.event("quantized", gptq=len(quantizer.gptq_names), rounded=len(quantizer.rounded_names) if config.gptq_enabled
-              and config.embed_gptq else sum(quantizer.storage[n] == "int6" for n in quantizer.rounded_names))
+    log.event("quantized", gptq=len(quantizer.gptq_names), rounded=sum(
+        quantizer.storage[name] == "int6" for name in quantizer.rounded_names))
     head = dict(kind="artifact", config=artifact_config(config), order=header["order"],
                 tokenizer_sha256=header["tokenizer_sha256"], train_sha256=header["train_sha256"])
     limit = config.artifact_max_bytes - code_bytes()
 
     def report(multiplier, estimate, packed_bytes):
-        log.event("search", multiplier=multiplier, estimated_bytes=int(estimate), packed_bytes=packed_bytes,
-                  limit_bytes=limit)
+        log.event("search", multiplier=multiplier, estimated_bytes=int(estimate),
+                  packed_bytes=packed_bytes, limit_bytes=limit)
 
     multiplier, packed = fit_artifact(quantizer, head, config, limit, report)
     write_file(files.artifact, packed)
     return describe_artifact(session, config, quantizer, multiplier, len(packed))
 
 
-def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float, size: int) -> dict:
+def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
+                      size: int) -> dict:
     """Log sizes, steps and bits of a written artifact and return them."""
     log, total = session.log, size + code_bytes()
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
-    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"), embed_bits=quantizer.bits(multiplier, "int8"))
+    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
+                embed_bits=quantizer.bits(multiplier, "int8"))
     log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
               k_embed=multiplier * quantizer.specs["int8"].k, **bits)
-    log.event("code_size", console=False, bytes=code_bytes())
-    log.event("artifact", compressor=config.compressor, bytes=size, path=str(session.files.artifact))
-    log.event("total_size", compressor=config.compressor, bytes=total)
-    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(), total_bytes=total, **bits)
+    coder, path = config.compressor, str(session.files.artifact)
+    log.event("artifact", compressor=coder, bytes=size, path=path)
+    log.event("total_size", compressor=coder, bytes=total)
+    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(),
+                total_bytes=total, **bits)
 
 
 def load_artifact(session: Session) -> tuple[Session, GPT, Layout]:
-    """Read the artifact from disk (rank 0, for all) into a fresh model; returns the session as the file asks."""
+    """Read the artifact (rank 0, for all) into a fresh model; returns the session it asks for."""
     source = session.files.source(session.config, session.files.artifact)
     header, tensors = open_container(session.runtime.first(source.read_bytes), "artifact", source)
     config = adopt(session.config, header, "evaluate", source)
-    if config.tokenizer_file.is_file() and file_sha256(config.tokenizer_file) != header["tokenizer_sha256"]:
-        raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer {source} was trained with; "
-                           "set TOKENIZER_PATH to that one"])
+    if file_sha256(config.tokenizer_file) != header["tokenizer_sha256"]:
+        raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer that "
+                           f"{source} was trained with; set TOKENIZER_PATH to that one"])
     session = dataclasses.replace(session, config=config)
     model, state = session.build_model(), restore_weights(tensors, config, source)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(state[name])
-    layout = plan_layout(tuple(header["order"]), config.num_layers, config.parallel_start_layer, config.skip_to_lanes)
-    return session, model, layout
+    return session, model, plan_layout(tuple(header["order"]), config.num_layers,
+                                       config.parallel_start_layer, config.skip_to_lanes)
 
 
 def evaluate_stage(session: Session) -> dict:
-    """Score the artifact on the validation text: non-overlapping windows, then sliding ones."""
-    runtime, clock = session.runtime, session.clock
+    """Score the artifact on the validation text: whole windows, then sliding ones."""
+    runtime, clock, scores = session.runtime, session.clock, {}
     with clock.span("setup"):
         session, model, layout = load_artifact(session)
-        text = load_validation(session.config)
-        if session.config.stage == "evaluate":
+        config, text = session.config, load_validation(session.config)
+        if config.stage == "evaluate":
             describe_data(session, text)
     losses = runtime.compile(model.token_losses)
-    scores = {}
+    kinds = {"roundtrip": config.eval_seq_len}
+    kinds.update({"sliding": config.eval_stride} if config.sliding_window_enabled else {})
     with clock.span("evaluate"):
-        for kind, stride in (("roundtrip", session.config.eval_seq_len), ("sliding", session.config.eval_stride)):
-            if kind == "roundtrip" or session.config.sliding_window_enabled:
-                found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride)
-                scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes)
+        for kind, stride in kinds.items():
+            found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride)
+            scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
+                                bytes=found.bytes)
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
-    facts = {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
-    return dict(facts, evaluated_bytes=scores["roundtrip"]["bytes"], evaluated_tokens=scores["roundtrip"]["tokens"])
+    return {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
 
 
-def verdicts(session: Session, facts: dict) -> dict[str, bool]:
-    """Log and return whether the run keeps the challenge's limits, as far as this process can tell."""
-    seconds = session.clock.ledger()
-    rules = []
-    if session.config.runs("train"):
-        rules.append(("training + calibration", facts["training_seconds"], TRAIN_LIMIT_SECONDS, "s"))
-    if session.config.runs("evaluate"):
-        rules.append(("evaluation", seconds["evaluate"], EVAL_LIMIT_SECONDS, "s"))
-    if session.config.runs("quantize"):
-        rules.append(("code + artifact", facts["total_bytes"], session.config.artifact_max_bytes, "bytes"))
-    for rule, value, limit, unit in rules:
-        session.log.event("verdict", rule=rule, outcome="ok" if value <= limit else "OVER THE LIMIT", value=value,
-                          limit=limit, unit=unit)
-    return {rule: value <= limit for rule, value, limit, _ in rules}
-
-
-def log_head(session: Session, env, report: dict):
-    """Log source, versions, hardware and configuration: what a reader needs to repeat the run."""
-    config, runtime, log = session.config, session.runtime, session.log
-    source = Path(__file__).read_text(encoding="utf-8")
-    log.event("source", console=False, text_source=source, sha256=hashlib.sha256(source.encode()).hexdigest())
-    facts = runtime.describe()
-    smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
-    table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
-    log.event("environment", console=False, text_versions=json.dumps(facts) + "\n" + table, **facts)
-    public = config.public()
-    lines = "\n".join(f"  {name}: {show_value(value)}" for name, value in sorted(public.items()))
-    log.event("config", console=False, text_table=lines, **public)
-    changed = {n: v for n, v in public.items() if n in config.explicit and v != KNOBS[n].default}
-    log.event("overrides", text_values=" ".join(f"{n.upper()}={show_value(v)}" for n, v in sorted(changed.items())) or "none",
-              values={n: show_value(v) for n, v in changed.items()})
-    for line in notices(config, env):
-        log.event("notice", text=line)
-    log.event("preflight", text_report=prediction_lines(config, runtime, report), **report)
+def close_run(session: Session, facts: dict):
+    """Log memory, the ledger, a verdict per limit of the challenge, and the result line."""
+    config, log, spent = session.config, session.log, session.clock.ledger()
+    allocated, reserved = session.runtime.peak_memory_mib()
+    log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
+    text = " ".join(f"{name}={seconds:.1f}s" for name, seconds in spent.items())
+    log.event("ledger", text_spans=text, **spent)
+    measured = [("training + calibration", facts.get("training_seconds"), TRAIN_LIMIT_SECONDS),
+                ("evaluation", spent.get("evaluate"), EVAL_LIMIT_SECONDS),
+                ("code + artifact", facts.get("total_bytes"), config.artifact_max_bytes)]
+    kept = {rule: value <= limit for rule, value, limit in measured if value is not None}
+    for rule, value, limit in measured:
+        if rule in kept:
+            log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
+                      value=value, limit=limit, unit="bytes" if "artifact" in rule else "s")
+    facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
+    log.event("result", text_json=json.dumps(facts), **facts)
+    log.close()
 
 
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
     config = load_config(env)
     runtime = Runtime(env, config)
-    run_id = config.run_id or runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
-    config, files = dataclasses.replace(config, run_id=run_id), RunFiles(run_id)
-    first = input_product(config, files)
+    tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    files = RunFiles(config.run_id or tag)
+    first = files.stage_input(config)
     if first and first[0].is_file():
         header = runtime.first(lambda: read_tensors(*first)[0])
         config = adopt(config, header, config.stage, first[0])
+    config = dataclasses.replace(config, run_id=files.run_id)
     faults = preflight(config, runtime, files)
-    report = predictions(config, runtime) if runtime.is_main and (check or not faults) else {}
+    report = predict(config, runtime) if runtime.is_main and (check or not faults) else {}
     if check and runtime.is_main:
-        print(f"check: {prediction_lines(config, runtime, report)}")
-        print("\n".join(f"notice: {line}" for line in notices(config, env)), end="\n" * bool(notices(config, env)))
+        print("\n".join(["check: " + report["text_report"], *notices(config, env)]))
     if faults:
         raise ConfigError(faults)
     return config, runtime, files, report
@@ -2986,9 +2985,8 @@ def run(env, check: bool):
     name, attend, scope, error = choose_attention(config, runtime)
     if check:
         if runtime.is_main:
-            print(f"check: all is well; attention {name} (max error against math {error:.1e})")
-        runtime.close()
-        return
+            print(f"check: all is well; attention {name}, max error against math {error:.1e}")
+        return runtime.close()
     with scope:
         log = Log(runtime.is_main, files.text_log, files.events)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
@@ -2999,12 +2997,7 @@ def run(env, check: bool):
         for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
             if config.runs(stage):
                 facts.update(function(session))
-                runtime.synchronize()
-        facts.update(training_seconds=round(clock.training_seconds(), 3), ledger_seconds=clock.ledger())
-        log.event("ledger", text_spans=" ".join(f"{k}={v:.1f}s" for k, v in clock.ledger().items()), **clock.ledger())
-        facts.update(verdicts=verdicts(session, facts))
-        log.event("result", text_json=json.dumps(facts), **facts)
-        log.close()
+        close_run(session, facts)
     runtime.close()
 
 
@@ -3013,24 +3006,24 @@ def main(argv: list[str], env) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
-    if set(argv) - {"--check"}:
-        print(f"error: unknown argument {sorted(set(argv) - {'--check'})[0]}; settings are environment variables, "
-              "see --help", file=sys.stderr)
+    if unknown := sorted(set(argv) - {"--check"}):
+        print(f"error: unknown argument {unknown[0]}; settings are environment variables, see "
+              "--help", file=sys.stderr)
         return 2
     try:
         run(env, check="--check" in argv)
         return 0
     except ConfigError as error:
-        fault = "\n".join(f"error: {line}" for line in error.faults)
-    except (ContainerError, ValueError, OSError) as error:
-        fault = f"error: {error}"
+        faults = error.faults
+    except (ValueError, OSError) as error:
+        faults = [str(error)]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        fault = ("error: out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, in evaluation, "
-                 f"VAL_BATCH_TOKENS. {str(error).splitlines()[0] if str(error) else ''}")
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise  # not the user's mistake: a traceback is what helps
+        faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, when "
+                  f"scoring, VAL_BATCH_TOKENS. {str(error).splitlines()[0] if str(error) else ''}"]
     if int(env.get("RANK", 0)) == 0:
-        print(fault, file=sys.stderr)
+        print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
     return 1
 
 
