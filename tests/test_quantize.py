@@ -1,0 +1,380 @@
+"""Codes against the slow references; the steps, the damping and the search for the byte budget."""
+
+import math
+
+import numpy as np
+import plain
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import random_model, toy_config
+
+from train_gpt import (
+    MULTIPLIER_RANGE,
+    Quantizer,
+    QuantSpec,
+    clip_radius,
+    dequantize,
+    entropy_bytes,
+    factor_hessians,
+    fit_budget,
+    gaussian_bits,
+    gptq,
+    round_to_nearest,
+    solve_estimate,
+    step_sizes,
+    stored_steps,
+)
+
+FREE = QuantSpec(max_code=31, k=12.85, floor=0.0, gptq=True)
+PR1471 = dict(scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85, sdclip_k_embed=20.0,
+              embed_gptq=False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def hessian_of(columns, samples, dead=()):
+    """Return the mean x xT of strongly correlated inputs, as layers see them, in float64."""
+    spread = torch.logspace(0, -2, columns, dtype=torch.float64)
+    mix = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64))[0]
+    x = torch.randn(samples, columns, dtype=torch.float64) * spread @ mix
+    x *= 0.2 + torch.rand(columns, dtype=torch.float64)
+    x[:, list(dead)] = 0
+    return x.T @ x / samples
+
+
+def error_of(weights, codes, steps, hessian):
+    return plain.weighted_error(weights, codes.double() * steps.double()[:, None], hessian)
+
+
+# ---- GPTQ ----------------------------------------------------------------------------------
+
+SHAPES = {  # matrices, rows, columns, samples behind the Hessian, dead columns
+    "narrow": (3, 6, 24, 400, ()), "dead columns": (2, 5, 64, 1000, (0, 7, 63)),
+    "one block": (1, 4, 128, 2000, ()), "a block and a bit": (2, 4, 130, 2000, (129,)),
+    "three blocks": (1, 3, 300, 2000, ()), "rank-deficient": (2, 4, 150, 20, (3,)),
+    "one row": (1, 1, 40, 400, ())}
+
+
+@pytest.mark.parametrize("floor", (0.0, 1 / 31), ids=("free", "PR 1471's floor"))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gptq_equals_the_reference(shape, floor):
+    """The same codes in float64; in fp32 nearly, and no worse where it counts."""
+    count, rows, columns, samples, dead = shape
+    w = 0.1 * torch.randn(count, rows, columns, dtype=torch.float64)
+    hessians = torch.stack([hessian_of(columns, samples, dead) for _ in range(count)])
+    steps = torch.stack([plain.row_scale(x, floor=floor) for x in w])
+    found = gptq(w, factor_hessians(hessians), steps, 31)
+    single = gptq(w.float(), factor_hessians(hessians.float()), steps.float(), 31)
+    for i in range(count):
+        expected = plain.gptq_columns(w[i], hessians[i], steps[i])
+        assert found.dtype == torch.int8 and torch.equal(found[i], expected)
+        assert not found[i][:, list(dead)].any()
+        assert (single[i] == expected).double().mean() >= 0.999
+        exact = error_of(w[i], expected, steps[i], hessians[i])
+        assert error_of(w[i], single[i], steps[i], hessians[i]) == pytest.approx(exact, rel=1e-4)
+
+
+def test_gptq_keeps_codes_in_range():
+    w, hessian = torch.randn(1, 4, 50), hessian_of(50, 500)[None].float()
+    codes = gptq(w, factor_hessians(hessian), torch.full((1, 4), 0.01), 31)
+    assert codes.max() == 31 and codes.min() == -31
+
+
+def test_gptq_does_not_change_its_arguments():
+    w, hessian = torch.randn(1, 4, 140).double(), hessian_of(140, 90, dead=(3,))[None]
+    hessian[0, 0, 1] = hessian[0, 1, 0] = 1.05 * hessian[0].diagonal().max()  # damped further
+    copies = w.clone(), hessian.clone()
+    gptq(w, factor_hessians(hessian), torch.full((1, 4), 0.1), 31)
+    assert torch.equal(w, copies[0]) and torch.equal(hessian, copies[1])
+
+
+def test_matrices_solved_together_equal_matrices_solved_alone():
+    w = 0.1 * torch.randn(3, 5, 140, dtype=torch.float64)
+    hessians = torch.stack([hessian_of(140, 400) for _ in range(3)])
+    steps = stored_steps(step_sizes(clip_radius(w, FREE, 1.0), FREE))
+    together = gptq(w, factor_hessians(hessians), steps, 31)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = gptq(w[one], factor_hessians(hessians[one]), steps[one], 31)
+        assert torch.equal(alone[0], together[i])
+
+
+# ---- damping -------------------------------------------------------------------------------
+
+
+def test_an_indefinite_hessian_is_damped_more_and_alone():
+    hessians = torch.eye(6).repeat(3, 1, 1)
+    hessians[1, 0, 1] = hessians[1, 1, 0] = 1.05
+    damp = factor_hessians(hessians).damp_N
+    torch.testing.assert_close(damp, torch.tensor([0.01, 0.1, 0.01], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("coupling", (1.5, 1.95))
+def test_damping_rises_to_one_hundred_percent(coupling):
+    hessians = torch.eye(6)[None].clone()
+    hessians[0, 0, 1] = hessians[0, 1, 0] = coupling
+    assert factor_hessians(hessians).damp_N.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("coupling", (2.05, 7.0, 50.0))
+def test_damping_stops_at_one_hundred_percent(coupling):
+    hessians = torch.eye(6)[None].clone()
+    hessians[0, 0, 1] = hessians[0, 1, 0] = coupling
+    with pytest.raises(ValueError, match="positive definite"):
+        factor_hessians(hessians)
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize("row, column", [(0, 0), (5, 5), (0, 5), (2, 3)])
+def test_a_hessian_that_is_not_finite_is_refused(value, row, column):
+    hessians = torch.eye(6).repeat(2, 1, 1)
+    hessians[1, row, column] = hessians[1, column, row] = value
+    with pytest.raises(ValueError, match="not finite|positive definite"):
+        factor_hessians(hessians)
+
+
+# ---- steps and rounding --------------------------------------------------------------------
+
+
+@given(st.floats(0.1, 4), st.floats(1, 30), st.sampled_from((31, 127)), st.floats(0, 0.02))
+def test_steps_span_the_clip_radius_or_are_the_floor(multiplier, k, max_code, floor):
+    w = torch.linspace(-1, 1, 80).reshape(4, 20)[None] * torch.tensor([0, 1e-3, 0.1, 3])[:, None]
+    spec = QuantSpec(max_code, k, floor, True)
+    radius = clip_radius(w, spec, multiplier)
+    steps = step_sizes(radius, spec)
+    for row in range(4):
+        expected = max(multiplier * k * np.std(w[0, row].numpy(), ddof=1), 1e-6)
+        assert radius[0, row].item() == pytest.approx(expected, rel=1e-5)
+        expected = max(radius[0, row].item() / max_code, floor)
+        assert steps[0, row].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_of_the_published_settings_equal_the_reference():
+    w = torch.randn(1, 8, 300) * torch.logspace(-3, 0, 8)[:, None]
+    for floor in (0.0, 1 / 31):
+        spec = QuantSpec(31, 12.85, floor, True)
+        steps = stored_steps(step_sizes(clip_radius(w, spec, 1.0), spec))
+        torch.testing.assert_close(steps[0], plain.row_scale(w[0], floor=floor), rtol=1e-3, atol=0)
+        assert torch.equal(steps, steps.half().float())
+
+
+@pytest.mark.parametrize("value", (1e7, math.inf, math.nan))
+def test_steps_beyond_fp16_are_refused(value):
+    w = torch.randn(1, 2, 30)
+    w[0, 1, 3] = value
+    with pytest.raises(ValueError, match="diverged"):
+        step_sizes(clip_radius(w, FREE, 1.0), FREE)
+
+
+def test_rounding_is_off_by_half_a_step_at_most_inside_the_radius():
+    w = torch.randn(2, 5, 200)
+    spec = QuantSpec(31, 2.0, 0.0, False)
+    radius = clip_radius(w, spec, 1.0)
+    steps = stored_steps(step_sizes(radius, spec))
+    codes = round_to_nearest(w, radius, steps, 31)
+    off = (dequantize(codes, steps) - w).abs()
+    inside = w.abs() <= radius[..., None]
+    assert inside.any() and not inside.all()
+    assert (off <= 0.51 * steps[..., None])[inside].all()
+    assert (codes.abs() == 31)[~inside].all()
+
+
+def test_rounding_clips_to_the_radius_also_where_the_floor_is_coarser():
+    w = torch.tensor([[[0.1, -0.1, 0.1, -0.1, 0.1, -0.1, 5.0, -5.0]]])
+    codes = round_to_nearest(w, torch.tensor([[1.0]]), torch.tensor([[0.25]]), 31)
+    assert codes.tolist() == [[[0, 0, 0, 0, 0, 0, 4, -4]]]
+
+
+# ---- Quantizer -----------------------------------------------------------------------------
+
+
+def weights_and_hessians(config, dead_table_row=False):
+    """Return random weights of very different sizes and a Hessian for every coded tensor."""
+    model = random_model(config)
+    weights = {name: p.detach() * 10 ** (i % 3 - 2.0)
+               for i, (name, p) in enumerate(model.named_parameters())}
+    if dead_table_row:
+        weights["tok_emb.weight"][5] = 0
+    hessians = {name: hessian_of(w.shape[1], 300).float() for name, w in weights.items()
+                if w.ndim == 2}
+    return weights, hessians
+
+
+def test_published_settings_give_the_codes_of_the_reference():
+    config = toy_config(**PR1471, vocab_size=700)
+    weights, hessians = weights_and_hessians(config)
+    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    same = total = 0
+    for name, (codes, steps) in quantizer.codes_at(1.0).items():
+        if quantizer.storage[name] == "int8":
+            expected, expected_steps = plain.round_to_nearest_int8(weights[name])
+            assert torch.equal(codes, expected)
+        else:
+            w, hessian = weights[name].double(), hessians[name].double()
+            expected_steps = plain.row_scale(weights[name]).half()
+            expected = plain.gptq_columns(w, hessian, expected_steps.double())
+        assert codes.dtype == torch.int8 and steps.dtype == torch.float16
+        assert torch.equal(steps, expected_steps)
+        same, total = same + (codes == expected).sum().item(), total + codes.numel()
+    assert same >= 0.999 * total
+    tables = ["tok_emb.weight", "ve.table.weight"]
+    assert sorted(quantizer.rounded_names) == tables
+    assert len(quantizer.gptq_names) == len(quantizer.storage) - 49 - 2
+
+
+@pytest.mark.parametrize("changes", ({}, PR1471))
+def test_gptq_beats_rounding_on_every_tensor_at_the_same_steps(changes):
+    solving, rounding = toy_config(**changes), toy_config(**changes, gptq_enabled=False)
+    weights, hessians = weights_and_hessians(solving)
+    solved = Quantizer(weights, hessians, solving, torch.device("cpu"))
+    rounded = Quantizer(weights, hessians, rounding, torch.device("cpu"))
+    assert not rounded.gptq_names
+    compared = 0
+    for name in solved.gptq_names:
+        codes, steps = solved.codes_at(1.0)[name]
+        plain_codes, same_steps = rounded.codes_at(1.0)[name]
+        assert torch.equal(steps, same_steps)
+        if not (weights[name].abs() > 0.5 * steps[:, None]).any():
+            continue  # all codes are zero either way
+        ours = error_of(weights[name], codes, steps, hessians[name])
+        assert ours < error_of(weights[name], plain_codes, steps, hessians[name]), name
+        compared += 1
+    assert compared >= 40
+
+
+def test_raised_damping_is_reported_by_name():
+    config = toy_config()
+    weights, hessians = weights_and_hessians(config)
+    bad = torch.eye(16)
+    bad[0, 1] = bad[1, 0] = 1.05
+    hessians["blocks.3.attn.k.weight"] = bad
+    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    assert quantizer.redamped == {"blocks.3.attn.k.weight": pytest.approx(0.1)}
+
+
+def test_a_table_row_that_was_never_trained_comes_back_as_zeros():
+    config = toy_config()
+    weights, hessians = weights_and_hessians(config, dead_table_row=True)
+    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    assert "tok_emb.weight" in quantizer.gptq_names
+    codes, steps = quantizer.codes_at(1.0)["tok_emb.weight"]
+    assert not dequantize(codes, steps)[5].any()
+    assert not codes[5].any()
+
+
+def test_coarser_steps_cost_fewer_bits():
+    config = toy_config()
+    quantizer = Quantizer(*weights_and_hessians(config), config, torch.device("cpu"))
+    for kind in ("int6", "int8"):
+        bits = [quantizer.bits(multiplier, kind) for multiplier in (0.5, 1.0, 2.0)]
+        assert bits[0] > bits[1] > bits[2]
+
+
+# ---- entropies -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(-127, 127), min_size=1, max_size=300))
+def test_entropy_equals_the_reference(codes):
+    expected = len(codes) * plain.order0_bits(codes) / 8
+    found = entropy_bytes(torch.tensor(codes, dtype=torch.int8))
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("step", (0.1, 12.85 / 31, 1.0, 3.0))
+@pytest.mark.parametrize("max_code", (31, 127, 2))
+def test_bits_of_a_gaussian_equal_sampling(step, max_code):
+    codes = (torch.randn(400_000) / step).round().clamp(-max_code, max_code).to(torch.int8)
+    sampled = 8 * entropy_bytes(codes) / len(codes)
+    assert gaussian_bits(step, max_code) == pytest.approx(sampled, abs=0.01)
+
+
+# ---- the budget ----------------------------------------------------------------------------
+
+
+class Blob:
+    """Stands in for packed bytes: only its length counts."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+
+class Coder:
+    """An estimate of Gaussian weights' size, and a coder that differs from it by ratio and more."""
+
+    def __init__(self, weights, k, rest, ratio, overhead, tilt, ripple=0.0):
+        self.weights, self.k, self.rest = weights, k, rest * weights
+        self.ratio, self.overhead, self.tilt, self.ripple = ratio, overhead * weights, tilt, ripple
+        self.estimates = self.packs = 0
+
+    def entropy(self, multiplier):
+        return self.weights * gaussian_bits(multiplier * self.k / 31, 31) / 8
+
+    def estimate(self, multiplier):
+        self.estimates += 1
+        return self.rest + self.entropy(multiplier)
+
+    def size(self, multiplier):
+        ratio = self.ratio * (1 + self.tilt * math.log2(multiplier))
+        ratio *= 1 + self.ripple * math.sin(1e5 * multiplier)
+        return int(self.rest + self.overhead + ratio * self.entropy(multiplier))
+
+    def pack(self, multiplier):
+        self.packs += 1
+        return Blob(self.size(multiplier))
+
+
+coders = st.builds(
+    Coder, st.sampled_from((300_000, 2_000_000, 35_000_000)), st.floats(6, 26), st.floats(0, 0.02),
+    st.floats(0.93, 1.1), st.floats(0, 0.02), st.floats(-0.01, 0.01))
+FINEST, COARSEST = MULTIPLIER_RANGE
+
+
+def test_the_range_of_the_search():
+    assert MULTIPLIER_RANGE == (0.35, 4.0)
+
+
+@settings(max_examples=300)
+@given(coders, st.floats(-0.1, 1.1))
+def test_search_fills_the_budget(coder, share):
+    """At least 99.9 % is used and never more than all, unless an end of the range is reached."""
+    small, large = coder.size(COARSEST), coder.size(FINEST)
+    limit, told = int(small + share * (large - small)), []
+    multiplier, packed = fit_budget(coder.estimate, coder.pack, limit, lambda *x: told.append(x))
+    assert len(packed) == coder.size(multiplier)
+    if limit < small:
+        assert multiplier == COARSEST
+    else:
+        assert len(packed) <= limit
+        assert len(packed) >= 0.999 * limit or multiplier == FINEST
+    if limit > 1.001 * large:
+        assert multiplier == FINEST
+    assert coder.estimates <= 16 and coder.packs <= 5
+    assert (multiplier, len(packed)) in [(m, size) for m, _, size in told]
+
+
+@settings(max_examples=200)
+@given(coders, st.floats(0.01, 1.1), st.floats(0, 1e-3))
+def test_search_fits_even_where_the_coder_is_not_monotone(coder, share, ripple):
+    coder.ripple = ripple
+    small, large = coder.size(COARSEST), coder.size(FINEST)
+    limit = int(small + share * (large - small))
+    multiplier, packed = fit_budget(coder.estimate, coder.pack, limit, lambda *_: None)
+    assert len(packed) <= limit
+    assert len(packed) >= 0.99 * limit or multiplier == FINEST
+
+
+@given(coders, st.floats(0, 1))
+def test_the_estimate_is_met_to_a_few_parts_in_ten_thousand(coder, share):
+    small, large = coder.estimate(COARSEST), coder.estimate(FINEST)
+    target, known = small + share * (large - small), {}
+    multiplier = solve_estimate(coder.estimate, target, known)
+    assert known[multiplier] <= target
+    assert known[multiplier] >= 0.9998 * target or multiplier == FINEST
