@@ -1,0 +1,293 @@
+"""What is stored how, the way into the artifact and back, and the size told beforehand."""
+
+import json
+import os
+import re
+import socket
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import Rank, random_model, toy_config
+
+from train_gpt import (
+    DTYPES,
+    KNOBS,
+    MULTIPLIER_RANGE,
+    Clock,
+    ContainerError,
+    Log,
+    Quantizer,
+    Role,
+    RunFiles,
+    Session,
+    artifact_config,
+    code_bytes,
+    dequantize,
+    fit_artifact,
+    load_config,
+    meta_model,
+    pack_tensors,
+    plan_storage,
+    predict_artifact_bytes,
+    quantize_files,
+    read_tensors,
+    restore_weights,
+    unpack_tensors,
+    write_tensors,
+)
+
+CPU = torch.device("cpu")
+
+
+def quantizer_of(config, seed=0):
+    """Return a Quantizer over a random model, with a Hessian for every coded tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: p.detach() for name, p in random_model(config, seed).named_parameters()}
+    hessians = {}
+    for name, w in weights.items():
+        if w.ndim == 2:
+            x = torch.randn(200, w.shape[1], generator=generator)
+            hessians[name] = x.T @ x / 200
+    return Quantizer(weights, hessians, config, CPU)
+
+
+def gaussian_quantizer(config):
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.05 * torch.randn(p.shape, generator=generator)
+               for name, p in meta_model(config).named_parameters()}
+    return Quantizer(weights, {}, config, CPU)
+
+
+def header_of(config):
+    return dict(kind="artifact", config=artifact_config(config), order=list(config.base_order),
+                tokenizer_sha256="0" * 64, train_sha256="1" * 64)
+
+
+# ---- storage -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("control_dtype", ("float32", "float16"))
+@pytest.mark.parametrize("limit", (0, 128, 256, 10 ** 6))
+def test_storage_follows_role_and_size(control_dtype, limit):
+    config = toy_config(control_dtype=control_dtype, fp16_max_numel=limit)
+    model = meta_model(config)
+    storage = plan_storage(model, config)
+    assert list(storage) == [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        matrix = "int6" if p.numel() > limit else "float16"
+        expected = {Role.EMBED: "int8", Role.MATRIX: matrix, Role.CONTROL: control_dtype}
+        assert storage[name] == expected[p.role]
+
+
+def test_storage_of_the_record():
+    """Only the value embedding's projection is small enough for fp16."""
+    config = load_config({})
+    storage = plan_storage(meta_model(config), config)
+    counts = {kind: list(storage.values()).count(kind) for kind in set(storage.values())}
+    assert counts == {"int6": 66, "int8": 2, "float16": 1, "float32": 49}
+    assert storage["ve.proj.weight"] == "float16"
+
+
+# ---- round trip ----------------------------------------------------------------------------
+
+ROUND_TRIPS = {
+    "defaults": {}, "small matrices in fp16": dict(fp16_max_numel=128),
+    "PR 1471": dict(scale_floor=1 / 31, scale_floor_embed=1 / 127, embed_gptq=False,
+                    control_dtype="float16"),
+    "no value embedding, no lanes": dict(ve_enabled=False, parallel_start_layer=0),
+    "rounding": dict(gptq_enabled=False), "all fp16": dict(fp16_max_numel=10 ** 6)}
+
+
+@pytest.mark.parametrize("codec", ("brotli", "lzma", "raw"))
+@pytest.mark.parametrize("changes", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_restored_weights_are_those_quantised_bit_for_bit(codec, changes):
+    config = toy_config(**changes)
+    quantizer = quantizer_of(config)
+    packed = pack_tensors(header_of(config), quantizer.tensors_at(0.8), codec)
+    header, tensors = unpack_tensors(packed, "memory")
+    restored = restore_weights(tensors, config, "memory")
+    assert header["config"] == json.loads(json.dumps(artifact_config(config)))
+    assert list(restored) == list(quantizer.storage)
+    for name, kind in quantizer.storage.items():
+        if kind in ("int6", "int8"):
+            expected = dequantize(*quantizer.codes_at(0.8)[name])
+        else:
+            expected = quantizer.weights[name].to(DTYPES[kind]).float()
+        assert restored[name].dtype == torch.float32
+        assert torch.equal(restored[name], expected), name
+
+
+def test_what_is_restored_is_near_what_was_given():
+    config = toy_config()
+    quantizer = quantizer_of(config)
+    restored = restore_weights(quantizer.tensors_at(0.5), config, "memory")
+    for name, weight in quantizer.weights.items():
+        assert (restored[name] - weight).norm() <= 0.15 * weight.norm(), name
+
+
+CONFIG = toy_config(fp16_max_numel=128, vocab_size=8)
+TENSORS = quantizer_of(CONFIG).tensors_at(1.0)
+some_tensor = st.sampled_from(sorted(TENSORS))
+
+
+def refused(tensors):
+    with pytest.raises(ContainerError, match="origin"):
+        restore_weights(tensors, CONFIG, "origin")
+
+
+def test_the_unchanged_tensors_are_taken():
+    before = dict(TENSORS)
+    restore_weights(TENSORS, CONFIG, "origin")
+    assert TENSORS == before
+
+
+@given(some_tensor)
+def test_a_missing_tensor_is_refused(name):
+    refused({other: tensor for other, tensor in TENSORS.items() if other != name})
+
+
+@given(some_tensor, st.sampled_from((".codes", ".steps", ".more", "")))
+def test_an_extra_tensor_is_refused(name, ending):
+    extra = "blocks.99." + name + ending
+    refused(TENSORS | {extra: TENSORS[name]})
+
+
+@given(some_tensor, st.sampled_from(("longer", "flat", "deeper", "turned")))
+def test_a_misshapen_tensor_is_refused(name, how):
+    tensor = TENSORS[name]
+    changed = {"longer": lambda: torch.cat([tensor.reshape(1, -1), tensor.reshape(1, -1)]),
+               "flat": lambda: tensor.reshape(-1, 1, 1), "deeper": lambda: tensor[None],
+               "turned": lambda: tensor.reshape(tensor.shape[::-1] + (1,))}[how]()
+    refused(TENSORS | {name: changed})
+
+
+@given(some_tensor, st.sampled_from(sorted(DTYPES)))
+def test_a_tensor_of_another_dtype_is_refused(name, dtype):
+    if TENSORS[name].dtype != DTYPES[dtype]:
+        refused(TENSORS | {name: TENSORS[name].to(DTYPES[dtype])})
+
+
+def test_tensors_of_another_configuration_are_refused():
+    for changes in (dict(num_layers=10, ve_layers=(8, 9)), dict(vocab_size=9), dict(mlp_mult=2.0),
+                    dict(control_dtype="float16"), dict(fp16_max_numel=0), dict(num_kv_heads=4)):
+        config = toy_config(**{**dict(fp16_max_numel=128, vocab_size=8), **changes})
+        refused(quantizer_of(config).tensors_at(1.0))
+
+
+# ---- search or explicit k ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", (
+    dict(sdclip_k=10.0), dict(sdclip_k_embed=15.0), dict(sdclip_k=10.0, sdclip_k_embed=15.0)))
+def test_an_explicit_k_switches_the_search_off(changes):
+    config, told = toy_config(**changes), []
+    quantizer = quantizer_of(config)
+    limit = 1  # which a search would try to keep
+    multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
+                                      lambda *x: told.append(x))
+    assert multiplier == 1.0 and not told
+    header, tensors = unpack_tensors(packed, "memory")
+    assert header["multiplier"] == 1.0
+    for name, kind in quantizer.storage.items():
+        if kind in ("int6", "int8"):
+            k, max_code = ((changes.get("sdclip_k", 12.85), 31) if kind == "int6"
+                           else (changes.get("sdclip_k_embed", 20.0), 127))
+            expected = k * quantizer.weights[name].std(dim=1) / max_code
+            found = tensors[f"{name}.steps"].float()
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("compressor", ("brotli", "lzma"))
+def test_the_search_fills_a_real_budget(compressor):
+    config = toy_config(compressor=compressor, model_dim=32)
+    quantizer, told = quantizer_of(config), []
+    limit = 45_000
+    multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
+                                      lambda *x: told.append(x))
+    assert 0.999 * limit <= len(packed) <= limit
+    assert MULTIPLIER_RANGE[0] < multiplier < MULTIPLIER_RANGE[1] and told
+    assert unpack_tensors(packed, "memory")[0]["multiplier"] == multiplier
+
+
+# ---- the header tells nothing of where and when --------------------------------------------
+
+
+def quantised_in(folder, run_id, monkeypatch):
+    """Run the quantising stage on files in a folder of its own; return the artifact's path."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    config = toy_config(run_id=run_id, stage="quantize", artifact_max_bytes=code_bytes() + 18_000)
+    model, files = random_model(config), RunFiles(run_id)
+    header = dict(config=artifact_config(config), order=list(config.base_order), steps=1,
+                  tokenizer_sha256="0" * 64, train_sha256="1" * 64)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    write_tensors(files.weights, dict(header, kind="weights"), weights)
+    readers = dict(model.input_groups(), head=["tok_emb.weight"])
+    stats = {name: torch.eye(weights[names[0]].shape[1]) for name, names in readers.items()}
+    write_tensors(files.stats, dict(header, kind="stats", readers=readers), stats)
+    quantize_files(Session(config, Rank(), Log(False), Clock(), files))
+    return (folder / files.artifact).resolve()
+
+
+def test_artifact_is_the_same_wherever_it_is_made(tmp_path, monkeypatch):
+    first = quantised_in(tmp_path / "first", "run-one", monkeypatch)
+    second = quantised_in(tmp_path / "second", "run-two", monkeypatch)
+    assert first != second and first.read_bytes() == second.read_bytes()
+
+
+def test_artifact_names_no_place_run_host_or_time(tmp_path, monkeypatch):
+    path = quantised_in(tmp_path / "somewhere", "secret-run-id", monkeypatch)
+    header, _ = read_tensors(path, "artifact")
+    assert set(header) == {"kind", "config", "order", "tokenizer_sha256", "train_sha256",
+                           "multiplier", "codec", "tensors"}
+    topics = {KNOBS[name].metadata["topic"] for name in set(header["config"]) - {"seed"}}
+    assert topics == {"model", "quantization", "evaluation"}
+    text = json.dumps(header)
+    for secret in ("secret-run-id", "somewhere", str(tmp_path), socket.gethostname(), os.sep):
+        assert secret not in text
+    assert not re.search(r"20\d\d-\d\d|\d\d:\d\d", text)
+
+
+# ---- the size told before training ---------------------------------------------------------
+
+SMALL = dict(num_layers=2, model_dim=128, mlp_mult=4.0, vocab_size=512, ve_layers=(1,), ve_dim=32,
+             recur_layers=(), parallel_start_layer=0, rope_dims=8, gptq_enabled=False)
+
+
+@pytest.mark.parametrize("changes", (
+    dict(sdclip_k=12.85, sdclip_k_embed=20.0), dict(sdclip_k=30.0, sdclip_k_embed=60.0),
+    dict(sdclip_k=12.85, sdclip_k_embed=20.0, compressor="lzma")))
+def test_predicted_size_is_near_that_of_gaussian_weights(changes):
+    config = toy_config(**SMALL | dict(model_dim=256), **changes)
+    packed = pack_tensors(dict(header_of(config), multiplier=1.0),
+                          gaussian_quantizer(config).tensors_at(1.0), config.compressor)
+    predicted, remark = predict_artifact_bytes(config, code_bytes=1000)
+    assert predicted == pytest.approx(1000 + len(packed), rel=0.02)
+    assert remark == "at the given k"
+
+
+def test_what_is_told_of_the_search_is_what_the_search_does():
+    """Unused bytes at the finest steps, a cap no steps reach, and a budget that is filled."""
+    finest, coarsest = MULTIPLIER_RANGE
+    for cap, expected in ((800_000, finest), (60_000, coarsest), (220_000, None)):
+        config = toy_config(**SMALL, artifact_max_bytes=cap)
+        predicted, remark = predict_artifact_bytes(config, code_bytes=1000)
+        quantizer = gaussian_quantizer(config)
+        multiplier, packed = fit_artifact(quantizer, header_of(config), config, cap - 1000,
+                                          lambda *_: None)
+        assert predicted == pytest.approx(1000 + len(packed), rel=0.05)
+        if expected is None:
+            assert finest < multiplier < coarsest and remark == "the search fills the budget"
+            continue
+        assert multiplier == expected
+        if expected == finest:
+            assert remark.startswith(f"{cap - predicted} bytes of the budget stay unused")
+        else:
+            assert predicted > cap and remark.startswith("does not fit at the coarsest steps")
+
+
+def test_a_floor_is_mentioned():
+    config = toy_config(sdclip_k=12.85, sdclip_k_embed=20.0, scale_floor=1 / 31)
+    assert "floor" in predict_artifact_bytes(config, 0)[1]
