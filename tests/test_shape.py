@@ -20,7 +20,7 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 
 ROOMS = ["Imports", "Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Quantize",
-         "Artifact", "Evaluate", "Train", "Calibrate", "Stages"]
+         "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
 # Room -> rooms whose names it may use. Single names let through are in ONLY.
 MAY_USE = {
     "Config": {},
@@ -34,10 +34,12 @@ MAY_USE = {
     "Evaluate": {"Config", "Runtime", "Data", "Kernels", "Model"},
     "Train": {"Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
     "Calibrate": {"Config", "Runtime", "Data", "Model"},
+    "Preflight": {"Config", "Runtime", "Data", "Model", "Artifact", "Train"},
     "Stages": set(ROOMS),
 }
-# The optimizer sees roles, not the model; calibration asks which matrices will be quantised.
-ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}}
+# The optimizer sees roles, not the model; calibration asks which matrices will be quantised;
+# the preflight counts the parameters of each role.
+ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Preflight": {"partition"}}
 # Room -> imported names it must not touch.
 FORBIDDEN_IMPORTS = {
     "Config": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
@@ -51,6 +53,7 @@ FORBIDDEN_IMPORTS = {
     "Evaluate": {"dist", "os"},
     "Train": {"dist", "os"},
     "Calibrate": {"dist", "os", "np"},
+    "Preflight": {"dist", "F", "nn"},
     "Stages": {"dist", "F", "np", "math", "nn"},  # no arithmetic
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
@@ -67,7 +70,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 @functools.cache
 def banners():
     """Return [(line number, room name)] in order."""
-    found = [(i, re.match(r"# == \d+ (\w+)", line)) for i, line in enumerate(LINES, 1)]
+    found = [(i, re.match(r"# == \d+b? (\w+)", line)) for i, line in enumerate(LINES, 1)]
     return [(i, match[1]) for i, match in found if match]
 
 
@@ -165,6 +168,10 @@ def code_lines():
     return Counter(room_of(line) for line in lines - doc_lines)
 
 
+def strings(node):
+    return {n.value for n in nodes(ast.Constant, node) if isinstance(n.value, str)}
+
+
 # ---- rooms ---------------------------------------------------------------------------------
 
 
@@ -184,7 +191,7 @@ def test_every_top_level_name_is_used():
 
 
 def test_every_method_is_used():
-    """A method or property nobody reads is dead, but for what torch calls and what tools compare."""
+    """A method nobody reads is dead, but for what torch calls and what tools compare."""
     read = {n.attr for n in nodes(ast.Attribute) if isinstance(n.ctx, ast.Load)} | strings(TREE)
     methods = {name for name, _ in functions() if "." in name and name[0].isupper()}
     called = {"forward", "logits"}
@@ -313,8 +320,9 @@ def test_every_knob_is_read_outside_config():
     for node in config.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             knobs[node.target.id] = node.lineno
-        elif isinstance(node, FUNCTIONS):
-            properties[node.name] = {n.attr for n in nodes(ast.Attribute, node)}
+        elif isinstance(node, (*FUNCTIONS, ast.Assign)):  # also name = property(lambda self: …)
+            names = [node.name] if isinstance(node, FUNCTIONS) else defined_names(node)
+            properties.update(dict.fromkeys(names, {n.attr for n in nodes(ast.Attribute, node)}))
     read = {n.attr for n in nodes(ast.Attribute) if room_of(n.lineno) != "Config"
             and dotted(n.value).split(".")[-1] in ("config", "c", "init_config")}
     for _ in properties:  # properties may read properties
@@ -338,24 +346,22 @@ def event_table():
     return {key.value: value for key, value in zip(table.keys, table.values, strict=True)}
 
 
-def strings(node):
-    return {n.value for n in nodes(ast.Constant, node) if isinstance(n.value, str)}
+def possible_kinds(kind, within):
+    """Return the strings that the expression of an event's kind can be.
 
-
-def possible_kinds(call, within):
-    """Return the strings that an event call's first argument can be.
-
-    A name is followed to the loop that sets it, or to the callers of the function it enters by.
+    A name is followed to the loop that sets it and to what the loop runs over, or, where it is a
+    parameter, to the callers.
     """
-    first = call if isinstance(call, (ast.Constant, ast.Name)) else call.args[0]
-    if isinstance(first, ast.Constant):
-        return {first.value}
-    assert isinstance(first, ast.Name), f"line {first.lineno}: an event kind that nobody can count"
-    loops = [n for n in nodes(ast.For, within) if first.id in bound_names(n.target)
-             or first.id in {t.id for t in nodes(ast.Name, n.target)}]
+    if isinstance(kind, ast.Constant):
+        return {kind.value}
+    assert isinstance(kind, ast.Name), f"line {kind.lineno}: an event kind that nobody can count"
+    loops = [n for n in nodes(ast.For, within) if kind.id in bound_names(n.target)]
     if loops:
-        return {text for loop in loops for text in strings(loop.iter)}
-    position = [a.arg for a in within.args.args].index(first.id)
+        sources = {n.id for loop in loops for n in nodes(ast.Name, loop.iter)}
+        makers = [n for n in nodes((ast.Assign, ast.Expr), within)
+                  if sources & {name.id for name in nodes(ast.Name, n)} - {"config"}]
+        return {text for n in (*makers, *(loop.iter for loop in loops)) for text in strings(n)}
+    position = [a.arg for a in within.args.args].index(kind.id)
     found = set()
     for name, node in functions():
         for other in (n for n in nodes(ast.Call, node) if dotted(n.func) == within.name):
@@ -365,21 +371,21 @@ def possible_kinds(call, within):
 
 
 def emitted_kinds():
-    kinds = {}
+    kinds = set()
     for name, node in functions():
         for call in nodes(ast.Call, node):
             if isinstance(call.func, ast.Attribute) and call.func.attr == "event":
                 if owner(call.lineno) == name:
-                    kinds.update(dict.fromkeys(possible_kinds(call, node), call.lineno))
+                    kinds |= possible_kinds(call.args[0], node)
     return kinds
 
 
 def test_every_declared_event_is_emitted():
-    assert sorted(set(event_table()) - set(emitted_kinds())) == []
+    assert sorted(set(event_table()) - emitted_kinds()) == []
 
 
 def test_every_emitted_event_is_declared():
-    assert sorted(set(emitted_kinds()) - set(event_table())) == []
+    assert sorted(emitted_kinds() - set(event_table())) == []
 
 
 # ---- functions, state, size ----------------------------------------------------------------
