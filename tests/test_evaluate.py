@@ -1,0 +1,257 @@
+"""Windows score each target once, seeing what they may see; sums are those of a slow count."""
+
+import math
+
+import numpy as np
+import plain
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import Rank, on_ranks, random_model, sizes_of, toy_config
+
+from train_gpt import (
+    Score,
+    Validation,
+    layouts_of,
+    load_config,
+    load_validation,
+    plan_windows,
+    score,
+    window_batches,
+)
+
+
+def text_of(num_targets, vocab_size=29, seed=0):
+    """Return a random text without token 0, so that 0 tells padding."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(1, vocab_size, num_targets + 1)
+    target_bytes = generator.integers(0, 9, num_targets)
+    total = int(target_bytes.sum())
+    return Validation(tokens, target_bytes, total, "table", num_targets, num_targets, "")
+
+
+def numbered_text(num_targets):
+    """Return a text whose tokens are their positions, from 1."""
+    tokens = np.arange(1, num_targets + 2)
+    return Validation(tokens, np.ones(num_targets, np.int64), 0, "table", 0, 0, "")
+
+
+def surprise(hidden, target):
+    return (7 * hidden + 3 * target) % 101 / 8 + 0.125
+
+
+def prefix_losses(tokens_BT, targets_BS):
+    """A toy model: each loss depends on the target and on every token seen before it, in order."""
+    hidden, states = torch.zeros(len(tokens_BT), dtype=torch.int64), []
+    for t in range(tokens_BT.shape[1]):
+        hidden = (31 * hidden + tokens_BT[:, t] + 1) % 1009
+        states.append(hidden)
+    return surprise(torch.stack(states, 1)[:, -targets_BS.shape[1]:], targets_BS)
+
+
+def slow_score(text, seq_len, stride):
+    """Score token by token, re-reading the context of each."""
+    nats = 0.0
+    for start, positions in plain.sliding_windows(len(text.target_bytes), seq_len, stride):
+        for position in positions:
+            hidden = 0
+            for token in text.tokens[start:position + 1]:
+                hidden = (31 * hidden + int(token) + 1) % 1009
+            nats += surprise(hidden, int(text.tokens[position + 1]))
+    return nats
+
+
+@st.composite
+def plans(draw, most_targets=150):
+    seq_len = draw(st.integers(2, 40))
+    stride = draw(st.one_of(st.integers(1, seq_len), st.just(seq_len)))
+    return draw(st.integers(1, most_targets)), seq_len, stride
+
+
+# ---- windows -------------------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(plans(most_targets=400))
+def test_windows_equal_the_reference(plan):
+    num_targets, seq_len, stride = plan
+    starts, first_scored = plan_windows(num_targets, seq_len, stride)
+    found = [(start, [p for p in range(start + first, start + seq_len) if p < num_targets])
+             for start, first in zip(starts.tolist(), first_scored.tolist(), strict=True)]
+    assert found == plain.sliding_windows(num_targets, seq_len, stride)
+
+
+@settings(max_examples=300)
+@given(plans(most_targets=400))
+def test_windows_score_each_target_once_in_order(plan):
+    num_targets, seq_len, stride = plan
+    starts, first_scored = plan_windows(num_targets, seq_len, stride)
+    scored = np.concatenate([np.arange(start + first, min(start + seq_len, num_targets))
+                             for start, first in zip(starts, first_scored, strict=True)])
+    assert np.array_equal(scored, np.arange(num_targets))
+
+
+@pytest.mark.parametrize("num_targets, expected", [
+    (40_540_160, 633_409), (45_508_608, 711_041), (45_516_800, 711_169)])
+def test_published_window_counts(num_targets, expected):
+    starts, first_scored = plan_windows(num_targets, 2048, 64)
+    assert len(starts) == len(first_scored) == expected
+    assert starts[-1] + 2048 == num_targets
+
+
+def test_every_target_but_the_first_window_sees_enough():
+    """A target after window 0 has at least seq_len - stride tokens of context."""
+    starts, first_scored = plan_windows(1000, 32, 4)
+    assert first_scored[0] == 0 and (first_scored[1:] == 28).all() and (starts[1:] > 0).all()
+
+
+# ---- batches and ranks ---------------------------------------------------------------------
+
+
+@given(plans(), st.integers(1, 7), st.integers(1, 8))
+def test_ranks_share_the_windows(plan, batch, world_size):
+    """Contiguous shares, each window on one rank, as even as can be; equal shapes in a rank."""
+    num_targets, seq_len, stride = plan
+    text, found, counts = numbered_text(num_targets), [], []
+    for rank in range(world_size):
+        mine, shapes = [], set()
+        for part in window_batches(text, seq_len, stride, batch, rank, world_size):
+            firsts = part.tokens_BT[:, 0]
+            mine += (firsts[firsts > 0] - 1).tolist()
+            shapes.add((part.targets_BS.shape[1], part.tokens_BT.shape))
+            assert len(firsts) <= batch and part.tokens_BT.shape[1] == seq_len
+        assert len(shapes) == len({scored for scored, _ in shapes})
+        found += mine
+        counts.append(len(mine))
+    assert found == plan_windows(num_targets, seq_len, stride)[0].tolist()
+    assert max(counts) - min(counts) <= 1
+
+
+@given(plans(), st.integers(1, 7))
+def test_batches_hold_tokens_their_targets_and_padding(plan, batch):
+    num_targets, seq_len, stride = plan
+    counted = []
+    for part in window_batches(numbered_text(num_targets), seq_len, stride, batch, 0, 1):
+        tokens, targets = part.tokens_BT, part.targets_BS
+        inside = tokens[:, -targets.shape[1]:] > 0
+        assert np.array_equal(part.counted_BS, inside)
+        assert (targets[inside] == tokens[:, -targets.shape[1]:][inside] + 1).all()
+        for row in tokens:
+            real = row[row > 0]
+            assert np.array_equal(row[:len(real)], np.arange(len(real)) + row[0])
+            if len(real):
+                assert real[-1] == min(row[0] + seq_len - 1, num_targets)
+        assert part.bytes == inside.sum()
+        counted += (targets[inside] - 2).tolist()
+    assert sorted(counted) == list(range(num_targets))
+
+
+# ---- score ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(most_targets=80), st.integers(1, 9))
+def test_score_equals_a_slow_count(plan, batch):
+    num_targets, seq_len, stride = plan
+    text = text_of(num_targets)
+    found = score(prefix_losses, text, (seq_len, stride, batch), Rank())
+    assert found.nats == pytest.approx(slow_score(text, seq_len, stride), rel=1e-12)
+    assert (found.tokens, found.bytes) == (num_targets, text.target_bytes.sum())
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 8))
+@pytest.mark.parametrize("num_targets", (7, 100, 131))
+def test_score_is_the_same_on_any_number_of_ranks(world_size, num_targets):
+    text = text_of(num_targets)
+    alone = score(prefix_losses, text, (16, 5, 4), Rank())
+    found = on_ranks(world_size, lambda rank: score(prefix_losses, text, (16, 5, 4), rank))
+    for one in found:
+        assert one == found[0]
+        assert one.nats == pytest.approx(alone.nats, rel=1e-12)
+        assert (one.tokens, one.bytes) == (alone.tokens, alone.bytes)
+
+
+@pytest.mark.parametrize("value", (1e300, math.inf, math.nan))
+@pytest.mark.parametrize("stride", (5, 16))
+def test_padding_never_counts(value, stride):
+    """Whatever a model answers at padded positions, the score is that of the text."""
+    text = text_of(27)
+
+    def losses_of(tokens_BT, targets_BS):
+        losses = prefix_losses(tokens_BT, targets_BS).double()
+        padded = tokens_BT[:, -targets_BS.shape[1]:] == 0
+        return losses.masked_fill(padded, value)
+
+    found = score(losses_of, text, (16, stride, 3), Rank())
+    assert found == score(prefix_losses, text, (16, stride, 3), Rank())
+    assert found.nats == pytest.approx(slow_score(text, 16, stride), rel=1e-12)
+
+
+def test_score_hands_over_no_token_outside_the_window():
+    """A position's inputs end at its own token; its target is given as a target alone."""
+    text, seen = numbered_text(45), []
+
+    def losses_of(tokens_BT, targets_BS):
+        seen.append((tokens_BT.clone(), targets_BS.clone()))
+        return torch.zeros(targets_BS.shape)
+
+    score(losses_of, text, (16, 4, 1), Rank())
+    starts = plan_windows(45, 16, 4)[0]
+    assert len(seen) == len(starts)
+    for start, (tokens, targets) in zip(starts, seen, strict=True):
+        expected = [t if t <= 45 else 0 for t in range(start + 1, start + 17)]
+        assert tokens.tolist() == [expected]
+        for t, target in zip(expected[-targets.shape[1]:], targets[0].tolist(), strict=True):
+            assert t == 0 or target == t + 1
+
+
+def test_score_of_a_model_equals_the_reference():
+    config = toy_config()
+    model, text, layout = random_model(config), text_of(29), layouts_of(config)[1]
+    params = {name: p.detach().double() for name, p in model.named_parameters()}
+    nats = 0.0
+    for start, positions in plain.sliding_windows(29, 8, 2):
+        tokens = torch.from_numpy(text.tokens[start:positions[-1] + 1])
+        logits = plain.forward(params, tokens[None], layout.order, sizes_of(config))[0]
+        odds = logits.log_softmax(-1)
+        nats -= sum(odds[p - start, text.tokens[p + 1]].item() for p in positions)
+    found = score(lambda x, y: model.token_losses(x, y, layout), text, (8, 2, 3), Rank())
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_progress_reaches_the_end():
+    calls = []
+    score(prefix_losses, text_of(50), (8, 2, 4), Rank(), lambda *x: calls.append(x[:2]))
+    done, total = zip(*calls, strict=True)
+    assert list(done) == sorted(done) and set(total) == {22} and done[-1] == 22
+
+
+# ---- the number ----------------------------------------------------------------------------
+
+
+def test_scores_add():
+    total = Score(10.0, 4, 9) + Score(2.0, 1, 3)
+    assert total == Score(12.0, 5, 12) and Score() + total == total
+    assert total.loss == pytest.approx(2.4)
+    assert total.bpb == pytest.approx(12 / math.log(2) / 12)
+
+
+def test_one_bit_a_byte_scores_one():
+    assert Score(100 * math.log(2), 30, 100).bpb == pytest.approx(1.0)
+
+
+# ---- which targets are scored --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq_len", (64, 48, 7, 6010))
+def test_the_legacy_count_drops_exactly_the_tail(tiny_env, seq_len):
+    env = tiny_env | {"EVAL_SEQ_LEN": str(seq_len), "EVAL_STRIDE": "1"}
+    whole = load_validation(load_config(env))
+    legacy = load_validation(load_config(env | {"SCORE_TAIL": "0"}))
+    everything = len(whole.target_bytes)
+    assert whole.all_targets == legacy.all_targets == everything == len(whole.tokens) - 1
+    kept = everything - everything % seq_len
+    assert len(legacy.target_bytes) == legacy.legacy_targets == whole.legacy_targets == kept
+    assert np.array_equal(legacy.tokens, whole.tokens[:kept + 1])
+    assert np.array_equal(legacy.target_bytes, whole.target_bytes[:kept])
