@@ -105,14 +105,15 @@ class Config:
     data_path: str = knob("", "shard folder; beats DATA_DIR", "data")
     tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR", "data")
 
-    iterations: int = knob(20_000, "optimizer steps at most", "schedule", least=0)
+    iterations: int = knob(20_000, "optimizer steps at most", "schedule", least=0, most=10 ** 9)
     max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only",
                                         "schedule", "PR #1471", least=0)
-    train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", "schedule", least=1)
+    train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", "schedule",
+                                   least=1, most=1 << 32)
     micro_batch_tokens: int = knob(98_304, "tokens a forward on one device at most; lower it when "
-                                   "memory runs out", "schedule", least=1)
+                                   "memory runs out", "schedule", least=1, most=1 << 32)
     warmup_steps: int = knob(20, "steps on synthetic text before the clock starts (compilation), "
-                             "undone after; 0: none", "schedule", least=0)
+                             "undone after; 0: none", "schedule", least=0, most=10 ** 6)
     warmdown_frac: float = knob(0.72, "share of the run over which rates fall to zero", "schedule",
                                 "PR #1445", least=0, most=1)
     min_lr: float = knob(0.0, "least learning-rate multiplier", "schedule", least=0, most=1)
@@ -136,7 +137,7 @@ class Config:
                                            least=0)
     muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps",
                                                    "optimizer", least=0, most=1)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "optimizer", least=1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "optimizer", least=1, most=100)
     beta1: float = knob(0.9, "AdamW", "optimizer", least=0, most=0.9999999)
     beta2: float = knob(0.95, "AdamW", "optimizer", least=0, most=0.9999999)
     adam_eps: float = knob(1e-8, "AdamW", "optimizer", least=0)
@@ -148,29 +149,29 @@ class Config:
                             least=0, most=0.9999999)
 
     gptq_calibration_batches: int = knob(64, "batches of TRAIN_BATCH_TOKENS/8 in total, all ranks",
-                                         "calibration", least=1)
+                                         "calibration", least=1, most=10 ** 6)
     gptq_reserve_seconds: float = knob(0.0, "least time kept for calibration; warm-up may measure "
                                        "more", "calibration", least=0)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
                               "calibration", choices=("all", "first"))
 
-    seed: int = knob(1337, "initial weights and data order", "model", least=0)
+    seed: int = knob(1337, "initial weights and data order", "model", least=0, most=(1 << 63) - 1)
     vocab_size: int = knob(8192, "token ids", "model", "PR #1394", least=2, most=65_536)
-    train_seq_len: int = knob(2048, "tokens per training window", "model", least=2)
-    num_layers: int = knob(11, "physical blocks", "model", least=1)
-    model_dim: int = knob(512, "residual width", "model", least=2)
+    train_seq_len: int = knob(2048, "tokens per training window", "model", least=2, most=1 << 20)
+    num_layers: int = knob(11, "physical blocks", "model", least=1, most=1024)
+    model_dim: int = knob(512, "residual width", "model", least=2, most=65_536)
     embedding_dim: int | None = knob(None, "only MODEL_DIM is built; auto follows it", "model")
-    num_heads: int = knob(8, "query heads", "model", least=1)
-    num_kv_heads: int = knob(4, "key/value heads", "model", least=1)
-    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", "model", least=0.01)
+    num_heads: int = knob(8, "query heads", "model", least=1, most=4096)
+    num_kv_heads: int = knob(4, "key/value heads", "model", least=1, most=4096)
+    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", "model", least=0.01, most=256)
     xsa_last_n: int = knob(11, "last layers whose heads drop their own value's direction", "model",
-                           "PR #287", least=0)
+                           "PR #287", least=0, most=1024)
     skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding", "model")
     skip_to_lanes: bool = knob(True, "skips after the lanes split reach the attention "
                                "lane; 0: lost (PR #1471)", "model", "PR #1395")
     ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1)", "model", "PR #315")
     ve_enabled: bool = knob(True, "add value embeddings to V", "model", "PR #414")
-    ve_dim: int = knob(128, "value-embedding width", "model", least=1)
+    ve_dim: int = knob(128, "value-embedding width", "model", least=1, most=65_536)
     ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding", "model")
     logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", "model", least=1e-3)
     qk_gain_init: float = knob(5.0, "initial gain per query head", "model", "PR #1445")
@@ -182,13 +183,13 @@ class Config:
     virtual_order: tuple[int, ...] = knob((), "layer order once recurrence is on; beats "
                                           "RECUR_LAYERS", "model")
     parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none",
-                                     "model", "PR #1471", least=0)
+                                     "model", "PR #1471", least=0, most=1024)
 
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest", "quantization")
     embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471)",
                             "quantization", "PR #1394")
     sdclip_k: float | None = knob(None, "int6 clip radius in row stds; auto: 12.85 times what "
-                                  "fills ARTIFACT_MAX_BYTES", "quantization", "PR #1394", least=0.01)
+                                  "fills the cap", "quantization", "PR #1394", least=0.01)
     sdclip_k_embed: float | None = knob(None, "int8 clip radius of embeddings; auto: 20 times the "
                                         "same", "quantization", "PR #1394", least=0.01)
     scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", "quantization", least=0)
@@ -200,16 +201,18 @@ class Config:
                               "quantization", choices=("float32", "float16"))
     compressor: str = knob("brotli", "coder of the artifact", "quantization",
                            choices=("brotli", "lzma"))
-    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", "quantization", least=1)
+    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", "quantization",
+                                   least=1, most=1 << 40)
 
-    eval_seq_len: int = knob(2048, "tokens per evaluation window", "evaluation", least=2)
+    eval_seq_len: int = knob(2048, "tokens per evaluation window", "evaluation",
+                             least=2, most=1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip",
                                         "evaluation")
     eval_stride: int = knob(64, "tokens scored per sliding window", "evaluation", least=1)
     score_tail: bool = knob(True, "score the tokens after the last whole window; 0: drop them as "
                             "published", "evaluation")
     val_batch_tokens: int = knob(524_288, "eight times the tokens of one evaluation forward",
-                                 "evaluation", least=1)
+                                 "evaluation", least=1, most=1 << 32)
 
     def __post_init__(self):
         faults = config_faults(self)
@@ -308,9 +311,10 @@ NEUTRAL = dict(pair.split("=") for pair in """
 
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
-    faults = []
+    faults, in_range = [], object.__new__(Config)
     for name, f in KNOBS.items():
-        value, meta = getattr(config, name), f.metadata
+        value, meta, before = getattr(config, name), f.metadata, len(faults)
+        object.__setattr__(in_range, name, value)
         if value is None:
             continue
         if meta["least"] is not None and value < meta["least"]:
@@ -319,13 +323,15 @@ def config_faults(config: Config) -> list[str]:
             faults.append(f"{name.upper()}={value}: must be at most {meta['most']}")
         if meta["choices"] and value not in meta["choices"]:
             faults.append(f"{name.upper()}={value}: must be one of {', '.join(meta['choices'])}")
-    return faults or combination_faults(config)
+        if len(faults) > before:  # so that the combinations can be judged all the same
+            object.__setattr__(in_range, name, f.default)
+    return faults + combination_faults(in_range)
 
 
 def combination_faults(c: Config) -> list[str]:
     """Return the rules broken between settings that are each in range."""
     layers, recur = set(range(c.num_layers)), c.recur_layers
-    contiguous = not recur or recur == tuple(range(recur[0], recur[-1] + 1))
+    contiguous = not recur or recur == tuple(range(recur[0], recur[0] + len(recur)))
     known = set(c.virtual_order or recur) <= layers and contiguous
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
     lanes = [i >= c.parallel_start_layer for i in decoder]
@@ -403,12 +409,14 @@ def slips(a: str, b: str) -> int:
 def misspelt(name: str, known) -> str | None:
     """Return the known setting that an environment variable's name is a slip of, or None."""
     plain = name.upper().replace("-", "_")
+    near = []
     for other in known:
         allowed = 2 if min(len(plain), len(other)) >= 10 else 1
-        near = abs(len(plain) - len(other)) <= allowed and slips(plain, other) <= allowed
-        if near or plain.replace("_", "") == other.replace("_", ""):
-            return other
-    return None
+        if plain.replace("_", "") == other.replace("_", ""):
+            near.append((0, other))
+        elif abs(len(plain) - len(other)) <= allowed and (far := slips(plain, other)) <= allowed:
+            near.append((far, other))
+    return min(near)[1] if near else None
 
 
 def same_value(text: str, neutral: str) -> bool:
@@ -467,12 +475,10 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     Raises ConfigError when a setting that an earlier stage consumed is set to another value than
     the file's: it could not have any effect any more.
     """
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()}
-    faults = [f"{origin}: holds setting {name}, unknown here; use the train_gpt.py that wrote it"
-              for name in stored if name not in KNOBS]
+    stored, faults = stored_settings(header, origin), []
     values = {}
-    for name in set(stored) & set(KNOBS):
-        value, current = stored[name], getattr(config, name)
+    for name, value in stored.items():
+        current = getattr(config, name)
         earlier = STAGES.index(KNOBS[name].metadata["stage"]) < STAGES.index(stage)
         if earlier and name in config.explicit and current != value:
             faults.append(f"{name.upper()}={show_value(current)}: {origin} was made with "
@@ -481,7 +487,29 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
             values[name] = value
     if faults:
         raise ConfigError(sorted(faults))
-    return dataclasses.replace(config, **values)
+    try:
+        return dataclasses.replace(config, **values)
+    except ConfigError as error:
+        raise ConfigError([f"{origin}: {fault}" for fault in error.faults]) from None
+
+
+def stored_settings(header: dict, origin: Path) -> dict:
+    """Return the settings in a file's header; raises ConfigError unless each may travel there."""
+    stored = header.get("config")
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{origin}: its header holds no settings; make the file again"])
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    for name, value in values.items():
+        try:
+            f = KNOBS[name]
+            sound = (parse_setting(show_value(value), f.type) == value
+                     and f.metadata["topic"] in ARTIFACT_TOPICS)
+        except (KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use the "
+                               "train_gpt.py that wrote it"])
+    return values
 
 
 def artifact_config(config: Config) -> dict:
@@ -2913,8 +2941,12 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout]:
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(state[name])
-    return session, model, plan_layout(tuple(header["order"]), config.num_layers,
-                                       config.parallel_start_layer, config.skip_to_lanes)
+    plain, recurrent = layouts_of(config)
+    order = tuple(header["order"])
+    if order not in (plain.order, recurrent.order):
+        raise ContainerError(f"{source}: layer order {order} is not one its settings give; make the "
+                             "file again")
+    return session, model, recurrent if order == recurrent.order else plain
 
 
 def evaluate_stage(session: Session) -> dict:
