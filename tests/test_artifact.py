@@ -9,7 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import Rank, random_model, toy_config
+from toys import (
+    Rank,
+    random_model,
+    steady,  # noqa: F401
+    toy_config,
+)
 
 from train_gpt import (
     DTYPES,

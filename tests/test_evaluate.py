@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Rank, on_ranks, random_model, sizes_of, toy_config
+from toys import (
+    Rank,
+    on_ranks,
+    random_model,
+    sizes_of,
+    steady,  # noqa: F401
+    toy_config,
+)
 
 from train_gpt import (
     Score,
@@ -150,7 +157,7 @@ def test_batches_hold_tokens_their_targets_and_padding(plan, batch):
 # ---- score ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(plans(most_targets=80), st.integers(1, 9))
 def test_score_equals_a_slow_count(plan, batch):
     num_targets, seq_len, stride = plan

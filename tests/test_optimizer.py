@@ -5,7 +5,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import Rank, on_ranks, random_model, random_tokens, toy_config
+from toys import (
+    Rank,
+    on_ranks,
+    random_model,
+    random_tokens,
+    steady,  # noqa: F401
+    toy_config,
+)
 
 from train_gpt import (
     Average,
@@ -25,12 +32,6 @@ from train_gpt import (
     partition,
     schedule,
 )
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
 
 # ---- partition and flat buffers ------------------------------------------------------------
 

@@ -8,7 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import random_model, toy_config
+from toys import (
+    random_model,
+    steady,  # noqa: F401
+    toy_config,
+)
 
 from train_gpt import (
     MULTIPLIER_RANGE,
@@ -30,11 +34,6 @@ from train_gpt import (
 FREE = QuantSpec(max_code=31, k=12.85, floor=0.0, gptq=True)
 PR1471 = dict(scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85, sdclip_k_embed=20.0,
               embed_gptq=False)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def hessian_of(columns, samples, dead=()):

@@ -3,11 +3,24 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from hypothesis import settings
 
 import train_gpt
 
-torch.set_num_threads(1)  # toys gain nothing from more; a busy machine loses a hundredfold
+settings.register_profile("toys", deadline=None, derandomize=True)  # no luck, no stopwatch
+settings.load_profile("toys")
+
+
+@pytest.fixture(autouse=True)
+def steady():
+    """Seed torch and keep it to one thread: toys need no more, and a busy machine loses by more."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 # Every part of the record's model at sizes where the slow references take milliseconds.
 TOY = dict(device="cpu", vocab_size=29, train_seq_len=8, eval_seq_len=8, eval_stride=2,

@@ -1,0 +1,295 @@
+"""Statistics equal a slow gathering of every layer's inputs, and ranks share the same windows."""
+
+import plain
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import (
+    Rank,
+    on_ranks,
+    random_model,
+    random_tokens,
+    sizes_of,
+    steady,  # noqa: F401
+    toy_config,
+)
+
+from train_gpt import (
+    HEAD_INPUT,
+    Calibration,
+    Clock,
+    Log,
+    collect_stats,
+    layouts_of,
+    load_config,
+    meta_model,
+)
+
+VARIANTS = {
+    "record": {}, "lost skips": dict(skip_to_lanes=False), "no lanes": dict(parallel_start_layer=0),
+    "no gates": dict(skip_gates_enabled=False), "one key head": dict(num_kv_heads=1),
+    "no value embedding": dict(ve_enabled=False), "loop of two": dict(recur_layers=(4, 5))}
+
+
+@pytest.fixture
+def slow_stats(monkeypatch):
+    """Return a function that sums x xT of every observed input while plain.py runs the model."""
+    sums, attention, mlp = {}, plain.attention, plain.mlp
+
+    def record(name, x):
+        for row in x.detach():
+            sums[name] = sums.get(name, 0) + torch.outer(row, row)
+
+    def recording_attention(params, layer, z, tokens, sizes):
+        prefix = f"blocks.{layer}.attn."
+        out = params[prefix + "out.weight"]
+        eye = torch.eye(len(out), dtype=out.dtype)
+        heads = attention(params | {prefix + "out.weight": eye}, layer, z, tokens, sizes)
+        record(prefix + "q", z)
+        record(prefix + "out", heads)
+        return heads @ out.T
+
+    def recording_mlp(params, layer, z):
+        prefix = f"blocks.{layer}.mlp."
+        up, down = params[prefix + "up.weight"], params[prefix + "down.weight"]
+        eye = torch.eye(len(up), dtype=up.dtype)
+        hidden = mlp(params | {prefix + "down.weight": eye}, layer, z)
+        record(prefix + "up", z)
+        record(prefix + "down", hidden)
+        return hidden @ down.T
+
+    monkeypatch.setattr(plain, "attention", recording_attention)
+    monkeypatch.setattr(plain, "mlp", recording_mlp)
+
+    def gather(config, model, tokens_BT, order):
+        params = {name: p.detach().double() for name, p in model.named_parameters()}
+        sizes = sizes_of(config)
+        sums.clear()
+        for tokens_T in tokens_BT:
+            encoded = plain.encode(params, tokens_T, order, sizes)
+            x = plain.decode(params, tokens_T, order, sizes, config.skip_to_lanes, encoded)
+            record(HEAD_INPUT, plain.rms_norm(x))
+            if config.ve_enabled:
+                record("ve.proj", params["ve.table.weight"][tokens_T])
+        return dict(sums)
+
+    return gather
+
+
+def assert_same_stats(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        value, tiny = value.float(), 1e-4 * value.abs().max().item()
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=tiny, msg=name)
+
+
+# ---- statistics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("depth", (0, 1), ids=("plain", "recurrent"))
+def test_stats_equal_a_slow_gathering(slow_stats, changes, depth):
+    config = toy_config(**changes)
+    model, layout = random_model(config), layouts_of(config)[depth]
+    batches = [random_tokens(config, 2, 8, seed) for seed in (1, 2)]
+    names = [*model.input_groups(), HEAD_INPUT]
+    found, tokens = collect_stats(model, layout, batches, names)
+    assert tokens == 32
+    assert_same_stats(found, slow_stats(config, model, torch.cat(batches), layout.order))
+
+
+def test_a_repeated_layer_contributes_both_inputs():
+    """Inputs of q, k, v have a fixed mean square, so the trace counts how often a layer ran."""
+    config = toy_config()
+    model, layout = random_model(config), layouts_of(config)[1]
+    names = [f"blocks.{i}.attn.q" for i in range(11)]
+    found, tokens = collect_stats(model, layout, [random_tokens(config, 4, 8)], names)
+    for i, name in enumerate(names):
+        runs = found[name].trace().item() / (tokens * config.model_dim / (i + 1))
+        assert runs == pytest.approx(2 if i in (3, 4, 5) else 1, rel=1e-4)
+
+
+def test_only_what_is_asked_is_observed_and_nothing_stays_hooked():
+    config = toy_config()
+    model, layout = random_model(config), layouts_of(config)[0]
+    tokens = random_tokens(config, 1, 8)
+    found, _ = collect_stats(model, layout, [tokens], ["blocks.2.mlp.up"])
+    assert set(found) == {"blocks.2.mlp.up"}
+    with pytest.raises(IndexError):
+        collect_stats(model, layout, [tokens + config.vocab_size], ["blocks.2.mlp.up"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(value.requires_grad for value in found.values())
+
+
+def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
+    config = toy_config()
+    model = random_model(config, dtype=torch.bfloat16)
+    names = [*model.input_groups(), HEAD_INPUT]
+    found, _ = collect_stats(model, layouts_of(config)[1], [random_tokens(config, 2, 8)], names)
+    for name, value in found.items():
+        assert value.dtype == torch.float32 and torch.equal(value, value.T), name
+
+
+# ---- which matrices ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env, matrices, observed", [
+    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0"}, 66, 44),
+    ({"FP16_MAX_NUMEL": "0"}, 68, 46), ({"FP16_MAX_NUMEL": "131072"}, 45, 45)])
+def test_published_counts_of_hessians(env, matrices, observed):
+    """Four observed inputs a layer; q, k and v share one; the table reads the head's input."""
+    config = load_config(env)
+    readers = Calibration(meta_model(config), config, Rank()).readers
+    assert sum(map(len, readers.values())) == matrices
+    assert len(readers) == observed
+    assert (HEAD_INPUT in readers) == config.embed_gptq
+    names = [name for group in readers.values() for name in group]
+    assert len(set(names)) == len(names)
+
+
+# ---- which windows -------------------------------------------------------------------------
+
+
+MODEL = meta_model(toy_config())  # its sizes have no part in which windows are read
+
+
+def calibration_of(config, rank=0, world_size=1):
+    return Calibration(MODEL, config, Rank(rank, world_size))
+
+
+def positions_of(calibration):
+    return [start + i for start, count in calibration.shares() for i in range(count)]
+
+
+def test_published_windows():
+    record, published = load_config({}), load_config({"PRESET": "pr1471"})
+    shares = [(config, rank) for config in (record, published) for rank in (0, 1)]
+    shares = [Calibration(meta_model(c), c, Rank(rank, 8)).shares() for c, rank in shares]
+    assert shares[0] == [(384 * i, 48) for i in range(8)]
+    assert shares[1] == [(384 * i + 48, 48) for i in range(8)]
+    assert shares[2] == [(384 * i, 48) for i in range(64)] and shares[3] == []
+
+
+settings_of_calibration = st.fixed_dictionaries(dict(
+    train_batch_tokens=st.integers(1, 12).map(lambda n: 64 * n),
+    micro_batch_tokens=st.integers(8, 200), gptq_calibration_batches=st.integers(1, 9)))
+
+
+@given(settings_of_calibration)
+def test_ranks_share_the_same_windows_whatever_their_number(changes):
+    config = toy_config(**changes)
+    windows = config.gptq_calibration_batches * config.train_batch_tokens // 64
+    for world_size in (1, 2, 3, 4, 8):
+        ranks = [calibration_of(config, rank, world_size) for rank in range(world_size)]
+        found = [position for one in ranks for position in positions_of(one)]
+        assert sorted(found) == list(range(windows))
+        forwards = [len(one.shares()) for one in ranks]
+        assert max(forwards) - min(forwards) <= 1
+        counts = [count for one in ranks for _, count in one.shares()]
+        assert 8 * max(counts) <= min(config.micro_batch_tokens, config.train_batch_tokens / 8)
+
+
+@given(settings_of_calibration, st.sampled_from((1, 2, 8)))
+def test_the_first_rank_alone_reads_its_eighth_of_each_batch(changes, world_size):
+    """As in PR 1471, on any number of ranks and whatever fits into one forward."""
+    config = toy_config(**changes, hessian_ranks="first")
+    eighth = config.train_batch_tokens // 64
+    expected = [8 * eighth * batch + i for batch in range(config.gptq_calibration_batches)
+                for i in range(eighth)]
+    assert positions_of(calibration_of(config, 0, world_size)) == expected
+    assert all(positions_of(calibration_of(config, rank, world_size)) == []
+               for rank in range(1, world_size))
+
+
+# ---- the collected means -------------------------------------------------------------------
+
+BIG = dict(train_batch_tokens=192, micro_batch_tokens=16, gptq_calibration_batches=5)
+
+
+class Windows:
+    """Stands in for Loader: the window at a position is the same for every reader."""
+
+    def read(self, start, count):
+        config = toy_config()
+        return torch.cat([random_tokens(config, 1, 9, seed=start + i) for i in range(count)])
+
+
+class Seconds(Clock):
+    """A clock that shows the given training seconds, one after the other."""
+
+    def __init__(self, *seconds):
+        super().__init__()
+        self.left = list(seconds)
+
+    def training_seconds(self):
+        return self.left.pop(0) if self.left else 0.0
+
+
+def collect(config, runtime, clock=None, log=None, forward_seconds=0.0):
+    model = random_model(config)
+    calibration = Calibration(model, config, runtime)
+    calibration.forward_seconds = forward_seconds
+    layout = layouts_of(config)[1]
+    return calibration.run(layout, Windows(), clock or Clock(), log or Log(False))
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 4, 8))
+@pytest.mark.parametrize("changes", (BIG, dict(BIG, micro_batch_tokens=64, hessian_ranks="first")))
+def test_means_are_the_same_on_any_number_of_ranks(slow_stats, world_size, changes):
+    config = toy_config(**changes)
+    found = on_ranks(world_size, lambda runtime: collect(config, runtime))
+    positions = positions_of(calibration_of(config))
+    assert len(positions) == 15
+    tokens = torch.cat([Windows().read(p, 1)[:, :-1] for p in positions])
+    expected = slow_stats(config, random_model(config), tokens, config.recurrent_order)
+    for means in found:
+        assert_same_stats(means, {name: value / tokens.numel() for name, value in expected.items()})
+        assert all(torch.equal(means[name], found[0][name]) for name in means)
+
+
+class Events(Log):
+    def __init__(self):
+        super().__init__(False)
+        self.seen = []
+
+    def event(self, kind, console=True, **fields):
+        self.seen.append((kind, fields))
+
+
+@pytest.mark.parametrize("seconds, done", [
+    ((0.0, 5.0, 9.0), 2), ((0.0, 8.7, 8.7, 8.9), 3), ((99.0, 99.0), 1)])
+def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
+    """A forward takes one second; what was collected until then is averaged; one always runs."""
+    config, log = toy_config(**BIG, max_wallclock_seconds=10.0), Events()
+    short = collect(config, Rank(), Seconds(*seconds), log, forward_seconds=1.0)
+    (kind, fields), = log.seen
+    assert kind == "calibration_short" and fields["done"] == done
+    model, layout = random_model(config), layouts_of(config)[1]
+    shares = calibration_of(config).shares()
+    batches = [Windows().read(*share)[:, :-1] for share in shares[:done]]
+    assert fields["planned"] == len(shares)
+    sums, tokens = collect_stats(model, layout, batches, list(short))
+    assert_same_stats(short, {name: value / tokens for name, value in sums.items()})
+
+
+def test_without_a_limit_calibration_is_never_cut():
+    config, log = toy_config(**BIG), Events()
+    collect(config, Rank(), Seconds(*[1e6] * 50), log, forward_seconds=100.0)
+    assert not log.seen
+
+
+@pytest.mark.parametrize("world_size", (1, 3, 8))
+def test_the_reserve_covers_every_forward_of_the_busiest_rank(world_size):
+    config = toy_config(**BIG)
+
+    def reserve(runtime):
+        calibration = Calibration(MODEL, config, runtime)
+        calibration.forward_seconds = 2.0
+        return calibration.reserve_seconds(), len(calibration.shares())
+
+    found = on_ranks(world_size, reserve)
+    busiest = max(forwards for _, forwards in found)
+    assert all(seconds == found[0][0] > 2.0 * busiest for seconds, _ in found)
+    asked = Calibration(MODEL, toy_config(**BIG, gptq_reserve_seconds=1e4), Rank())
+    assert asked.reserve_seconds() == 1e4
