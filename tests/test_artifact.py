@@ -265,7 +265,7 @@ SMALL = dict(num_layers=2, model_dim=128, mlp_mult=4.0, vocab_size=512, ve_layer
     dict(sdclip_k=12.85, sdclip_k_embed=20.0), dict(sdclip_k=30.0, sdclip_k_embed=60.0),
     dict(sdclip_k=12.85, sdclip_k_embed=20.0, compressor="lzma")))
 def test_predicted_size_is_near_that_of_gaussian_weights(changes):
-    config = toy_config(**SMALL | dict(model_dim=256), **changes)
+    config = toy_config(**SMALL | dict(model_dim=192), **changes)
     packed = pack_tensors(dict(header_of(config), multiplier=1.0),
                           gaussian_quantizer(config).tensors_at(1.0), config.compressor)
     predicted, remark = predict_artifact_bytes(config, code_bytes=1000)
