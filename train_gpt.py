@@ -309,6 +309,8 @@ NEUTRAL = dict(pair.split("=") for pair in """
     """.split())
 
 
+# == 1b Settings: reading, checking and showing them ==============================================
+
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
     faults, in_range = [], object.__new__(Config)
@@ -507,8 +509,8 @@ def stored_settings(header: dict, origin: Path) -> dict:
         except (KeyError, ValueError):
             sound = False
         if not sound:
-            raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use the "
-                               "train_gpt.py that wrote it"])
+            raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use "
+                               "the train_gpt.py that wrote it"])
     return values
 
 
@@ -576,24 +578,24 @@ class Runtime:
 
     def __init__(self, env, config: Config):
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
+        self.is_main, self.local_rank = self.rank == 0, int(env.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
-            raise ConfigError(["DEVICE=cuda: torch sees no CUDA device; unset it, or install a CUDA build of torch"])
-        if cuda and self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(["DEVICE=cuda: torch sees none; unset it or install a CUDA build"])
+        if cuda and self.local_rank >= (visible := torch.cuda.device_count()):
             raise ConfigError([f"nproc_per_node: rank {self.local_rank} of this node has no GPU, "
-                               f"{torch.cuda.device_count()} are visible; start as many processes as GPUs"])
+                               f"{visible} are visible; start as many processes as GPUs"])
         self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
         bf16 = cuda and torch.cuda.get_device_capability(self.device)[0] >= 8
         self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         self.compiles = cuda if config.compile_enabled is None else config.compile_enabled
-        self.is_main = self.rank == 0
         if cuda:
             torch.cuda.set_device(self.device)
         torch.set_float32_matmul_precision("high" if cuda else "highest")
         if self.world_size > 1:
             # rank 0 quantises and packs alone, minutes long, while the others wait for it
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
@@ -614,39 +616,39 @@ class Runtime:
 
     def agree(self, value: float) -> float:
         """Return the largest of all ranks' values: the same on each of them."""
-        if self.world_size == 1:
-            return value
         shared = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        if self.world_size > 1:
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return shared.item()
 
     def share(self, value):
         """Return rank 0's value (text, number, bytes) on every rank."""
-        if self.world_size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value) -> list:
         """Return every rank's value on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def first(self, function, *args):
-        """Run `function` on rank 0 alone and return its result everywhere; its mistakes are raised everywhere."""
-        outcome = None, None
-        if self.is_main:
+        """Run `function` on rank 0 alone, return its result everywhere, raise its mistakes there.
+
+        A ValueError or OSError becomes a ConfigError on every rank; one rank raises it as it is.
+        """
+        def attempt():
             try:
-                outcome = function(*args), None
+                return function(*args), None
             except (ValueError, OSError) as error:
-                if self.world_size == 1:
-                    raise
-                outcome = None, str(error)
-        result, fault = self.share(outcome)
+                return None, str(error)
+
+        if self.world_size == 1:
+            return function(*args)
+        result, fault = self.share(attempt() if self.is_main else None)
         if fault is not None:
             raise ConfigError([fault])
         return result
@@ -656,32 +658,35 @@ class Runtime:
             dist.destroy_process_group()
 
     def peak_memory_mib(self) -> tuple[int, int]:
-        """Return peak (allocated, reserved) MiB: device memory, or on CPU the process's resident set twice."""
+        """Return peak (allocated, reserved) MiB: device memory; on CPU the resident set twice."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         return (resident_peak_bytes() >> 20,) * 2
 
     def describe(self) -> dict:
         """Return hardware and versions, for the log."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor()
-        return dict(device=str(self.device.type), device_name=name or platform.machine(), world_size=self.world_size,
-                    compute_dtype=str(self.compute_dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-                    python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                    cuda=torch.version.cuda, brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
+        dtype = str(self.compute_dtype).removeprefix("torch.")
+        return dict(device=self.device.type, device_name=name or platform.machine(),
+                    world_size=self.world_size, compute_dtype=dtype,
+                    threads=torch.get_num_threads(), python=platform.python_version(),
+                    torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
+                    brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
 
 
 def resident_peak_bytes() -> int:
-    """Return the largest resident set of this process so far, bytes; 0 where the system does not tell."""
+    """Return the peak resident set of this process, bytes; 0 where the system does not tell."""
     try:
         import resource  # absent on Windows
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def process_age_seconds() -> float:
-    """Return how long this process has existed (imports included); 0 where the system does not tell."""
+    """Return how long this process has existed, imports included; 0 where the system is silent."""
     try:
         started_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
@@ -699,10 +704,8 @@ class Clock:
     ON_CLOCK = ("train", "calibrate")
 
     def __init__(self, now=time.perf_counter, sync=lambda: None, start_seconds=0.0):
-        self.now, self.sync = now, sync
-        self.seconds = {"start": start_seconds}
-        self.running = ["other"]
-        self.since = now()
+        self.now, self.sync, self.since = now, sync, now()
+        self.seconds, self.running = {"start": start_seconds}, ["other"]
 
     def _book(self):
         current, name = self.now(), self.running[-1]
@@ -740,8 +743,7 @@ class Pacer:
 
     def __init__(self, budget_seconds: float, agree=lambda value: value):
         self.budget_seconds, self.agree = budget_seconds, agree
-        self.recent: list[float] = []
-        self.last_elapsed = 0.0
+        self.recent, self.last_elapsed = [], 0.0  # seconds of single steps, of all so far
 
     def expect(self, step_seconds: float):
         """Forget the past: steps now last about `step_seconds` (measured in warm-up)."""
@@ -758,10 +760,10 @@ class Pacer:
     def fits(self) -> bool:
         if not self.budget_seconds or not self.recent:
             return True
-        expected = 2 * max(self.recent) - min(self.recent)
-        return self.last_elapsed + expected <= self.budget_seconds
+        return self.last_elapsed + (2 * max(self.recent) - min(self.recent)) <= self.budget_seconds
 
 
+SCORE_FORM = "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} eval_time:{eval_ms:.0f}ms"
 # Event kind -> its line in the text log and on the console ("" = in events.jsonl only). Lines that
 # published scripts print keep their exact form, since people's tools parse them. Fields whose
 # names start with "text_" are for the line only.
@@ -775,40 +777,45 @@ EVENTS = {
     "attention": "attention:{backend} max_error_vs_math:{max_error:.1e}",
     "data": "train_shards: {train_shards}",
     "val_data": "val_tokens: {scored_tokens}",
-    "val_counts": "val_targets: scored {scored_tokens} (with tail {all_tokens}, legacy {legacy_tokens}) "
-                  "bytes {scored_bytes} by {denominator} (table {table_bytes})",
+    "val_counts": "val_targets: scored {scored_tokens} (with tail {all_tokens}, legacy "
+                  "{legacy_tokens}) bytes {scored_bytes} by {denominator} (table {table_bytes})",
     "parameters": "model_params:{count}",
-    "optimizer": "optimizer: {matrices} Muon matrices, {embeddings} embedding and {controls} control tensors",
+    "optimizer": "optimizer: {matrices} Muon matrices, {embeddings} embedding and {controls} "
+                 "control tensors",
     "reserve": "gptq:reserving {reserve_seconds:.0f}s, effective={effective_ms:.0f}ms",
-    "reserve_measured": "gptq:calibration measured {batch_seconds:.3f}s a forward, {forwards} a rank: "
-                        "reserve {reserve_seconds:.2f}s",
+    "reserve_measured": "gptq:calibration measured {batch_seconds:.3f}s a forward, {forwards} a "
+                        "rank: reserve {reserve_seconds:.2f}s",
     "recurrence_plan": "recurrence: starts {text_when}; virtual_layers={order}",
     "warmup_step": "warmup_step: {step}/{steps}",
     "val": "{step}/{iterations} val_loss: {val_loss:.4f} val_bpb: {val_bpb:.4f}",
     "train": "{step}/{iterations} train_loss: {train_loss:.4f} train_time: {train_minutes:.1f}m "
              "tok/s: {tokens_per_second:.0f}",
     "recurrence": "recurrence:activated at step {step}, virtual_layers={order}",
-    "stopping_early": "stopping_early: wallclock_cap train_time: {train_time_ms:.0f}ms step: {step}/{iterations}",
+    "stopping_early": "stopping_early: wallclock_cap train_time: {train_time_ms:.0f}ms "
+                      "step: {step}/{iterations}",
     "peak_memory": "peak memory allocated: {allocated_mib} MiB reserved: {reserved_mib} MiB",
     "ema": "ema:applying EMA weights",
-    "prequant": "pre-quantization post-ema val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} eval_time:{eval_ms:.0f}ms",
-    "prequant_sliding": "pre-quantization sliding_window val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} "
-                        "eval_time:{eval_ms:.0f}ms",
+    "prequant": "pre-quantization post-ema " + SCORE_FORM,
+    "prequant_sliding": "pre-quantization sliding_window " + SCORE_FORM,
     "weights": "Serialized model: {bytes} bytes",
     "code_size": "Code size: {bytes} bytes",
     "collecting": "GPTQ:collecting Hessians from calibration data...",
     "collected": "GPTQ:collected {hessians} Hessians in {seconds:.1f}s",
-    "calibration_short": "warning: calibration stopped at the wallclock limit after {done} of {planned} forwards a rank",
-    "gptq_redamp": "warning: Hessian of {name} is not positive definite at damping 0.01; raised to {damp:g}",
-    "quantized": "GPTQ quantization: {gptq} layers with full GPTQ, {rounded} fallback to clip-search",
-    "search": "search: multiplier {multiplier:.6f} estimate {estimated_bytes} packed {packed_bytes} of {limit_bytes} bytes",
+    "calibration_short": "warning: calibration stopped at the wallclock limit after {done} of "
+                         "{planned} forwards a rank",
+    "gptq_redamp": "warning: Hessian of {name} is not positive definite at damping 0.01; "
+                   "raised to {damp:g}",
+    "quantized": "GPTQ quantization: {gptq} layers with full GPTQ, {rounded} fallback to "
+                 "clip-search",
+    "search": "search: multiplier {multiplier:.6f} estimate {estimated_bytes} "
+              "packed {packed_bytes} of {limit_bytes} bytes",
     "unused": "search: finest steps reached, {unused_bytes} bytes of the budget stay unused",
     "artifact": "Serialized model int6+{compressor}: {bytes} bytes",
     "total_size": "Total submission size int6+{compressor}: {bytes} bytes",
-    "bits": "bits per weight: {matrix_bits:.3f} matrices, {embed_bits:.3f} embeddings; multiplier {multiplier:.6f} "
-            "(k {k:.3f}, {k_embed:.3f})",
-    "roundtrip": "final_int6_roundtrip val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} eval_time:{eval_ms:.0f}ms",
-    "sliding": "final_int6_sliding_window val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} eval_time:{eval_ms:.0f}ms",
+    "bits": "bits per weight: {matrix_bits:.3f} matrices, {embed_bits:.3f} embeddings; "
+            "multiplier {multiplier:.6f} (k {k:.3f}, {k_embed:.3f})",
+    "roundtrip": "final_int6_roundtrip " + SCORE_FORM,
+    "sliding": "final_int6_sliding_window " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
     "verdict": "verdict: {rule} {outcome} ({value:g} of {limit:g} {unit})",
     "wrote": "wrote {path} ({bytes} bytes)",
@@ -822,40 +829,38 @@ class Log:
     Only rank 0 writes. Without folders it prints alone (`--check`).
     """
 
-    def __init__(self, is_main: bool, text_path: Path | None = None, events_path: Path | None = None):
-        self.is_main = is_main
+    def __init__(self, is_main: bool, text_path: Path | None = None,
+                 events_path: Path | None = None):
+        self.is_main, self.shown_at = is_main, 0.0
         self.text_file = self.events_file = None
-        self.shown_at = 0.0
         if is_main and text_path:
             for path in (text_path, events_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self.text_file = open(text_path, "a", encoding="utf-8")
-            self.events_file = open(events_path, "a", encoding="utf-8")
+            # line-buffered: what was logged is on disk when a run is killed
+            self.text_file = open(text_path, "a", buffering=1, encoding="utf-8")
+            self.events_file = open(events_path, "a", buffering=1, encoding="utf-8")
 
     def event(self, kind: str, console: bool = True, **fields):
         """Record one event of EVENTS; console=False keeps a long one out of the terminal."""
-        template = EVENTS[kind]
         if not self.is_main:
             return
-        if self.events_file:
-            public = {name: value for name, value in fields.items() if not name.startswith("text_")}
-            self.events_file.write(json.dumps({"event": kind, **public}) + "\n")
-            self.events_file.flush()
-        line = template.format(**fields)
+        line = EVENTS[kind].format(**fields)
         if self.text_file:
+            public = {name: v for name, v in fields.items() if not name.startswith("text_")}
+            self.events_file.write(json.dumps({"event": kind, **public}) + "\n")
             self.text_file.write(line + "\n")
-            self.text_file.flush()
         if console:
             self.clear()
             print(line, flush=True)
 
     def progress(self, label: str, done: int, total: int, since: float):
         """Show `label 45 % ETA 12 s` on a terminal, twice a second at most; nothing in a file."""
-        now = time.perf_counter()
-        if not self.is_main or not sys.stderr.isatty() or (now - self.shown_at < 0.5 and done < total):
+        now, unfinished = time.perf_counter(), done < total
+        if not self.is_main or not sys.stderr.isatty() or unfinished and now - self.shown_at < 0.5:
             return
         eta = (now - since) / max(done, 1) * (total - done)
-        sys.stderr.write(f"\r\x1b[K{label} {100 * done / total:.0f} % ETA {eta:.0f} s" if done < total else "\r\x1b[K")
+        text = f"{label} {100 * done / total:.0f} % ETA {eta:.0f} s" if unfinished else ""
+        sys.stderr.write("\r\x1b[K" + text)
         sys.stderr.flush()
         self.shown_at = now
 
@@ -874,7 +879,7 @@ class Log:
 # of bytes per tensor in the header's order, sha256 over all before it. No pickle.
 MAGIC = b"PGOLF\x00\x01\n"
 MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 4 << 20, 8 << 30
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "int8", "float64")}
 CODECS = ("raw", "brotli", "lzma")
 
 
@@ -890,15 +895,13 @@ def compress(raw: bytes, codec: str) -> bytes:
 
 def decompress(data: bytes, codec: str, raw_bytes: int) -> bytes:
     """Return exactly `raw_bytes` bytes or raise ContainerError; never holds much more than that."""
-    if codec == "raw":
-        out, finished = data, True
-    elif codec == "lzma":
-        decoder = lzma.LZMADecompressor(memlimit=256 << 20)
-        out, finished = decoder.decompress(data, max_length=raw_bytes + 1), True
-    else:
+    out, finished, most = data, True, raw_bytes + 1
+    if codec == "lzma":
+        out = lzma.LZMADecompressor(memlimit=256 << 20).decompress(data, max_length=most)
+    elif codec == "brotli":
         decoder, out, finished = brotli.Decompressor(), b"", False
         while len(out) <= raw_bytes and not finished:
-            part = decoder.process(data if not out else b"", output_buffer_limit=raw_bytes + 1)
+            part = decoder.process(data if not out else b"", output_buffer_limit=most)
             out, finished = out + part if out else part, decoder.is_finished()
             if not part and not finished:
                 break
@@ -914,11 +917,12 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 def pack_tensors(header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> bytes:
     """Return a container's bytes; the same arguments give the same bytes."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the GIL
-        spans = list(pool.map(lambda tensor: compress(tensor_bytes(tensor), codec), tensors.values()))
+        spans = list(pool.map(lambda t: compress(tensor_bytes(t), codec), tensors.values()))
     names = {dtype: name for name, dtype in DTYPES.items()}
-    table = [[name, names[t.dtype], list(t.shape), len(span)] for (name, t), span in zip(tensors.items(), spans)]
-    text = json.dumps({**header, "codec": codec, "tensors": table}, sort_keys=True, separators=(",", ":"))
-    head = zlib.compress(text.encode(), 9)
+    table = [[name, names[t.dtype], list(t.shape), len(span)]
+             for (name, t), span in zip(tensors.items(), spans)]
+    header = {**header, "codec": codec, "tensors": table}
+    head = zlib.compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), 9)
     body = b"".join([MAGIC, struct.pack("<I", len(head)), head, *spans])
     return body + hashlib.sha256(body).digest()
 
@@ -932,34 +936,40 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
         if not holds:
             raise ContainerError(f"{origin}: {what}; make the file again or copy it again")
 
-    require(len(data) >= len(MAGIC) + 36 and data[:6] == MAGIC[:6], "not a file of this script")
+    start, end = len(MAGIC) + 4, len(data) - 32  # of the header; of all that the checksum covers
+    require(start <= end and data[:6] == MAGIC[:6], "not a file of this script")
     require(data[:8] == MAGIC, f"container version {data[6]} is not {MAGIC[6]}")
-    require(hashlib.sha256(data[:-32]).digest() == data[-32:], "checksum does not match (truncated or damaged)")
-    (head_bytes,) = struct.unpack_from("<I", data, 8)
-    require(12 + head_bytes <= len(data) - 32 and head_bytes <= MAX_HEADER_BYTES, "impossible header length")
+    matches = hashlib.sha256(data[:end]).digest() == data[end:]
+    require(matches, "checksum does not match (truncated or damaged)")
+    at = start + int.from_bytes(data[len(MAGIC):start], "little")
+    require(at <= end and at - start <= MAX_HEADER_BYTES, "impossible header length")
     try:
-        text = zlib.decompressobj().decompress(data[12:12 + head_bytes], MAX_HEADER_BYTES)
-        header = json.loads(text)
-        codec, table, at, tensors = header["codec"], header["tensors"], 12 + head_bytes, {}
+        header = json.loads(zlib.decompressobj().decompress(data[start:at], MAX_HEADER_BYTES))
+        codec, table, tensors = header["codec"], header["tensors"], {}
         require(codec in CODECS, f"unknown codec {codec!r}")
         for name, dtype, shape, span in table:
-            count = math.prod(shape)
-            require(isinstance(name, str) and name not in tensors and dtype in DTYPES and type(span) is int
-                    and all(type(n) is int and n >= 0 for n in shape) and 0 <= span <= len(data) - 32 - at
-                    and count * DTYPES[dtype].itemsize <= MAX_TENSOR_BYTES, "impossible entry in the table of tensors")
-            raw = decompress(data[at:at + span], codec, count * DTYPES[dtype].itemsize)
-            flat = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]) if raw else torch.empty(0, dtype=DTYPES[dtype])
+            kind, count = DTYPES.get(dtype), math.prod(shape)
+            require(kind and isinstance(name, str) and name not in tensors
+                    and all(type(n) is int and n >= 0 for n in (*shape, span))
+                    and span <= end - at and count * kind.itemsize <= MAX_TENSOR_BYTES,
+                    "impossible entry in the table of tensors")
+            raw = bytearray(decompress(data[at:at + span], codec, count * kind.itemsize))
+            flat = torch.frombuffer(raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
             tensors[name], at = flat.reshape(shape), at + span
-        require(at == len(data) - 32, "bytes left over after the last tensor")
+        require(at == end, "bytes left over after the last tensor")
     except ContainerError:
         raise
     except Exception as error:  # whatever a hostile header provokes in zlib, json or a coder
-        raise ContainerError(f"{origin}: unreadable container ({type(error).__name__}); make it again") from error
+        fault = f"{origin}: unreadable container ({type(error).__name__}); make it again"
+        raise ContainerError(fault) from error
     return header, tensors
 
 
-def write_file(path: Path, data: bytes):
-    """Write a whole file under another name, flush it to disk, then rename: it exists complete or not at all."""
+def write_file(path: Path, data: bytes) -> int:
+    """Write under another name, flush to disk, rename: the file exists whole or not at all.
+
+    Returns its size in bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
@@ -967,13 +977,12 @@ def write_file(path: Path, data: bytes):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    return len(data)
 
 
 def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> int:
     """Write a container file and return its size in bytes."""
-    data = pack_tensors(header, tensors, codec)
-    write_file(path, data)
-    return len(data)
+    return write_file(path, pack_tensors(header, tensors, codec))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
@@ -982,9 +991,10 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tensor]]:
+    """Return (header, tensors) of a container's bytes; raises ContainerError on another kind."""
     header, tensors = unpack_tensors(data, origin)
-    if header.get("kind") != kind:
-        raise ContainerError(f"{origin}: holds {header.get('kind')}, not {kind}; give the path of the {kind}")
+    if (found := header.get("kind")) != kind:
+        raise ContainerError(f"{origin}: holds {found}, not {kind}; give the path of the {kind}")
     return header, tensors
 
 
@@ -992,26 +1002,27 @@ def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tens
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 GET_DATA = ("get some with one of\n"
-            "  python data/build_demo.py && PRESET=demo python train_gpt.py        (small, no download)\n"
+            "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
             "  python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80")
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Return a token shard (N,) uint16, memory-mapped; raises ValueError on a wrong header or size."""
-    size = path.stat().st_size
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
-    if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise ValueError(f"{path}: not a token shard (its header does not begin with {SHARD_MAGIC}, {SHARD_VERSION}); "
-                         "download or build it again")
-    if size != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise ValueError(f"{path}: {size} bytes where its header promises {SHARD_HEADER_BYTES + 2 * int(header[2])} "
+    """Return a token shard (N,) uint16, memory-mapped; ValueError on a wrong header or size."""
+    header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
+    if len(header) < 3 or header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
+        raise ValueError(f"{path}: not a token shard (its header does not begin with "
+                         f"{SHARD_MAGIC}, {SHARD_VERSION}); download or build it again")
+    promised = SHARD_HEADER_BYTES + 2 * header[2]
+    if size != promised:
+        raise ValueError(f"{path}: {size} bytes where its header promises {promised} "
                          "(truncated?); download or build it again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(int(header[2]),))
+    return np.memmap(path, "<u2", "r", offset=SHARD_HEADER_BYTES, shape=(header[2],))
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` (train, val, val_bytes) in lexicographic order."""
-    return sorted(path for path in folder.glob(f"fineweb_{split}_*.bin") if split != "val" or "_bytes_" not in path.name)
+    return sorted(path for path in folder.glob(f"fineweb_{split}_*.bin")
+                  if split != "val" or "_bytes_" not in path.name)
 
 
 def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
@@ -1039,16 +1050,15 @@ def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
 
 
 def window_order(seed: int, num_windows: int, start: int, count: int) -> np.ndarray:
-    """Return the window ids (count,) at positions start, start + 1, … of the endless training order.
+    """Return the window ids (count,) from position `start` on of the endless training order.
 
     Every epoch visits each window once, in an order that depends on the seed and the epoch alone.
     """
-    positions = np.arange(start, start + count)
+    epochs, positions = np.divmod(np.arange(start, start + count), num_windows)
     out = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(positions // num_windows):
-        here = positions // num_windows == epoch
+    for epoch in np.unique(epochs):
         key = hashlib.sha256(f"window order {seed} {epoch}".encode()).digest()
-        out[here] = keyed_permutation(positions[here] % num_windows, num_windows, key)
+        out[epochs == epoch] = keyed_permutation(positions[epochs == epoch], num_windows, key)
     return out
 
 
@@ -1056,12 +1066,10 @@ class ShardSet:
     """Training windows of `seq_len` + 1 tokens over a list of shard files."""
 
     def __init__(self, files: list[Path], seq_len: int):
-        self.shards = [open_shard(path) for path in files]
+        self.shards, self.seq_len = [open_shard(path) for path in files], seq_len
         self.names = [path.name for path in files]
-        self.seq_len = seq_len
-        self.first = np.concatenate([[0], np.cumsum([max(0, len(s) - 1) // seq_len for s in self.shards])])
-        self.num_windows = int(self.first[-1])
-        self.num_tokens = sum(len(s) for s in self.shards)
+        self.first = np.cumsum([0, *(max(0, len(s) - 1) // seq_len for s in self.shards)])
+        self.num_windows, self.num_tokens = int(self.first[-1]), sum(map(len, self.shards))
 
     def window(self, index: int) -> np.ndarray:
         """Return window `index`, (T + 1,) uint16."""
@@ -1074,7 +1082,7 @@ class ShardSet:
         return np.stack([self.window(int(i)) for i in indices])
 
     def fingerprint(self) -> str:
-        """Return a hash of every shard's name, length and first tokens: tells sets of shards apart."""
+        """Return a hash of every shard's name, length and first tokens: tells sets apart."""
         digest = hashlib.sha256()
         for name, shard in zip(self.names, self.shards):
             digest.update(f"{name} {len(shard)} ".encode() + shard[:32_768].tobytes())
@@ -1086,22 +1094,25 @@ class Loader:
 
     def __init__(self, shards: ShardSet, config: Config, runtime: Runtime):
         self.shards, self.seed, self.vocab_size = shards, config.seed, config.vocab_size
-        self.per_step = config.step_windows
+        self.per_step, self.device = config.step_windows, runtime.device
         self.per_rank = self.per_step // runtime.world_size
-        self.offset, self.device = runtime.rank * self.per_rank, runtime.device
-        self.pool = ThreadPoolExecutor(1)
-        self.ahead = {}
+        self.offset = runtime.rank * self.per_rank
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
     def read(self, start: int, count: int) -> Tensor:
-        """Return the windows at `count` positions of the training order, (count, T + 1) int64 on the device."""
-        windows = self.shards.windows(window_order(self.seed, self.shards.num_windows, start, count))
+        """Return the windows at `count` positions of the training order.
+
+        (count, T + 1), int64, on the device. Raises ValueError on a token beyond the vocabulary.
+        """
+        order = window_order(self.seed, self.shards.num_windows, start, count)
+        windows = self.shards.windows(order)
         if windows.max() >= self.vocab_size:
-            raise ValueError(f"training shards hold token {windows.max()}, VOCAB_SIZE={self.vocab_size}: "
-                             "they belong to another tokenizer; set VOCAB_SIZE and DATA_PATH to match")
+            raise ValueError(f"training shards hold token {windows.max()}, VOCAB_SIZE="
+                             f"{self.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
         return torch.from_numpy(windows).to(self.device, non_blocking=True).long()
 
     def batch(self, step: int) -> Tensor:
-        """Return this rank's windows of a step, (B, T + 1); rank r holds the r-th share in order."""
+        """Return this rank's windows of a step, (B, T + 1); rank r holds the r-th share."""
         start = step * self.per_step + self.offset
         pending = self.ahead.pop(step, None) or self.pool.submit(self.read, start, self.per_rank)
         self.ahead[step + 1] = self.pool.submit(self.read, start + self.per_step, self.per_rank)
@@ -1112,26 +1123,22 @@ class Loader:
 
 
 def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return per token id (vocab_size,): UTF-8 bytes without a leading space, leading-space flag, boundary flag.
+    """Return per token id (vocab_size,): bytes, leading-space flag, boundary flag.
 
-    Raises ValueError if "▁" is no piece of its own: every space would then count three bytes.
-    Source: the challenge's evaluator.
+    Bytes are UTF-8 without the leading space. Raises ValueError if "▁" is no piece of its own:
+    every space would then count three bytes. Source: the challenge's evaluator.
     """
     if processor.piece_to_id("▁") == processor.unk_id():
-        raise ValueError("tokenizer: '▁' is not a piece of its own, so spaces would be counted as 3 bytes; "
+        raise ValueError("tokenizer: '▁' is not a piece of its own, so spaces would count 3 bytes; "
                          "use one of the challenge's tokenizers or train one with that piece")
     piece_bytes, leading = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
     boundary = np.ones(vocab_size, bool)
     for i in range(min(processor.vocab_size(), vocab_size)):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
             continue
-        boundary[i] = False
-        if processor.is_byte(i):
-            piece_bytes[i] = 1
-            continue
         piece = processor.id_to_piece(i)
-        leading[i] = piece.startswith("▁")
-        piece_bytes[i] = len(piece.removeprefix("▁").encode())
+        boundary[i], leading[i] = False, piece.startswith("▁")
+        piece_bytes[i] = 1 if processor.is_byte(i) else len(piece.removeprefix("▁").encode())
     return piece_bytes, leading, boundary
 
 
@@ -1162,60 +1169,59 @@ def load_validation(config: Config) -> Validation:
     Bytes come from a sidecar (`fineweb_val_bytes_*.bin`, uint16 per token) where one lies beside
     the shards, else from the tokenizer's byte table. Raises ValueError on inconsistent files.
     """
-    tokens = np.concatenate([open_shard(path) for path in find_shards(config.shard_dir, "val")])
-    if len(tokens) < 2 or tokens.max() >= config.vocab_size:
-        raise ValueError(f"{config.shard_dir}: validation holds {len(tokens)} tokens, largest id "
-                         f"{tokens.max(initial=0)}, VOCAB_SIZE={config.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-    piece_bytes, leading, boundary = byte_table(load_tokenizer(config.tokenizer_file), config.vocab_size)
+    folder, vocab_size = config.shard_dir, config.vocab_size
+    tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "val")])
+    if len(tokens) < 2 or tokens.max() >= vocab_size:
+        raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
+                         f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
+    piece_bytes, leading, boundary = byte_table(load_tokenizer(config.tokenizer_file), vocab_size)
     before, after = tokens[:-1], tokens[1:]
-    by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
-    sidecar_files = find_shards(config.shard_dir, "val_bytes")
-    target_bytes = by_table
-    if sidecar_files:
-        sidecar = np.concatenate([open_shard(path) for path in sidecar_files])
+    target_bytes = by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
+    if sidecars := find_shards(folder, "val_bytes"):
+        sidecar = np.concatenate([open_shard(path) for path in sidecars])
         if len(sidecar) != len(tokens):
-            raise ValueError(f"{config.shard_dir}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
+            raise ValueError(f"{folder}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
                              "validation tokens; remove it or build it again")
         target_bytes = sidecar[1:].astype(np.int64)
-    everything = len(tokens) - 1
-    legacy = everything // config.eval_seq_len * config.eval_seq_len
+    everything = len(after)
+    legacy = everything - everything % config.eval_seq_len
     kept = everything if config.score_tail else legacy
-    if not kept or not target_bytes[:kept].sum():
-        raise ValueError(f"{config.shard_dir}: {everything} validation targets leave nothing to score with "
+    if not target_bytes[:kept].sum():
+        raise ValueError(f"{folder}: {everything} validation targets leave nothing to score with "
                          f"EVAL_SEQ_LEN={config.eval_seq_len} SCORE_TAIL={int(config.score_tail)}")
-    return Validation(tokens[:kept + 1].astype(np.int64), target_bytes[:kept], int(by_table[:kept].sum()),
-                      "sidecar" if sidecar_files else "table", everything, legacy,
-                      hashlib.sha256(tokens.tobytes()).hexdigest())
+    return Validation(tokens[:kept + 1].astype(np.int64), target_bytes[:kept],
+                      int(by_table[:kept].sum()), "sidecar" if sidecars else "table", everything,
+                      legacy, hashlib.sha256(tokens.tobytes()).hexdigest())
 
 
 def data_faults(config: Config) -> list[str]:
     """Return what is wrong with the files a run would read, one line each."""
-    faults, counts = [], {}
-    splits = ["train"] * config.runs("train") + ["val"] * (config.stage != "quantize")
-    for split in splits:
-        files = find_shards(config.shard_dir, split) if config.shard_dir.is_dir() else []
-        counts[split] = len(files)
+    if config.stage == "quantize":  # reads no text
+        return []
+    folder, faults = config.shard_dir, []
+    splits = ("train", "val") if config.runs("train") else ("val",)
+    shards = {split: find_shards(folder, split) for split in splits}
+    for split, files in shards.items():
         if not files:
-            where = "no such folder" if not config.shard_dir.is_dir() else f"no fineweb_{split}_*.bin in it"
-            faults.append(f"DATA_PATH={config.shard_dir}: {where}")
+            where = f"no fineweb_{split}_*.bin in it" if folder.is_dir() else "no such folder"
+            faults.append(f"DATA_PATH={folder}: {where}")
         for path in files:
             try:
-                head = open_shard(path)[:65_536]
-                if len(head) and head.max() >= config.vocab_size:
-                    faults.append(f"{path}: token {head.max()} is outside VOCAB_SIZE={config.vocab_size}: a shard of "
-                                  "another vocabulary")
+                largest = open_shard(path)[:65_536].max(initial=0)
+                if largest >= config.vocab_size:
+                    faults.append(f"{path}: token {largest} is outside VOCAB_SIZE="
+                                  f"{config.vocab_size}: a shard of another vocabulary")
             except (ValueError, OSError) as error:
                 faults.append(str(error))
-    if splits and not config.tokenizer_file.is_file():
+    if not config.tokenizer_file.is_file():
         faults.append(f"TOKENIZER_PATH={config.tokenizer_file}: no such file")
-    if splits and not all(counts.values()):
+    if not all(shards.values()):
         faults.append(GET_DATA)
-    elif splits and not faults:
-        faults += tokenizer_faults(config)
+    faults = faults or tokenizer_faults(config)
     if not faults and config.runs("train"):
-        shards = ShardSet(find_shards(config.shard_dir, "train"), config.train_seq_len)
-        if not shards.num_windows:
-            faults.append(f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens are less than one window "
+        text = ShardSet(shards["train"], config.train_seq_len)
+        if not text.num_windows:
+            faults.append(f"DATA_PATH={folder}: {text.num_tokens} tokens are less than one window "
                           f"of TRAIN_SEQ_LEN={config.train_seq_len}; lower it or bring more text")
     return faults
 
@@ -1224,11 +1230,12 @@ def tokenizer_faults(config: Config) -> list[str]:
     """Return why the tokenizer cannot be the one the validation shards were written with."""
     if sentencepiece is None:
         return []
-    path = config.tokenizer_file
+    name = f"TOKENIZER_PATH={config.tokenizer_file}"
     try:
-        processor = load_tokenizer(path)
-        if processor.vocab_size() != config.vocab_size:
-            return [f"TOKENIZER_PATH={path}: {processor.vocab_size()} pieces, VOCAB_SIZE={config.vocab_size}; set one to match"]
+        processor = load_tokenizer(config.tokenizer_file)
+        pieces = processor.vocab_size()
+        if pieces != config.vocab_size:
+            return [f"{name}: {pieces} pieces, VOCAB_SIZE={config.vocab_size}; set one to match"]
         byte_table(processor, config.vocab_size)
     except ValueError as error:
         return [str(error)]
@@ -1237,8 +1244,8 @@ def tokenizer_faults(config: Config) -> list[str]:
     ids = [i for i in ids if not processor.is_control(i)]
     again = processor.encode(processor.decode(ids))
     if ids and abs(len(again) - len(ids)) > 0.1 * len(ids):
-        return [f"TOKENIZER_PATH={path}: the validation shard decodes to text that encodes to {len(again)} tokens instead "
-                f"of {len(ids)}: it was written with another tokenizer; set TOKENIZER_PATH to that one"]
+        return [f"{name}: the validation shard's text encodes to {len(again)} tokens instead of "
+                f"{len(ids)}: another tokenizer wrote it; set TOKENIZER_PATH to that one"]
     return []
 
 
@@ -1247,7 +1254,8 @@ def tokenizer_faults(config: Config) -> list[str]:
 def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Causal grouped attention (B, T, H, K) through PyTorch's scaled_dot_product_attention."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
 def fa3_attention(flash):
@@ -1268,9 +1276,10 @@ def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
 
 
 def sdpa_only(name: str, *fallback: str):
-    """Return a context in which scaled_dot_product_attention uses backend `name`, then `fallback`, alone."""
+    """Return a context in which SDPA uses backend `name`, then `fallback`, and no other."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+             "math": SDPBackend.MATH}
     return sdpa_kernel([kinds[n] for n in dict.fromkeys((name, *fallback))], set_priority=True)
 
 
@@ -1286,9 +1295,10 @@ def find_fa3():
 
 
 def attention_error(function, context, head_shape: tuple[int, int, int], device, dtype) -> float:
-    """Return the largest error of an attention function against the plain one, forward and backward.
+    """Return the largest error of an attention function against the plain one, both directions.
 
-    head_shape: (query heads, key/value heads, width). Raises what the backend raises where it cannot run.
+    head_shape: (query heads, key/value heads, width). Errors of output and gradients are relative
+    to the largest value. Raises what the backend raises where it cannot run.
     """
     heads, kv_heads, width = head_shape
     generator = torch.Generator().manual_seed(0)
@@ -1300,8 +1310,7 @@ def attention_error(function, context, head_shape: tuple[int, int, int], device,
             out = attend(*inputs)
             out.float().square().sum().backward()
         results.append([out.detach().float(), *(x.grad.float() for x in inputs)])
-    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results)]
-    return max(errors)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results))
 
 
 def choose_attention(config: Config, runtime: Runtime):
@@ -1311,46 +1320,45 @@ def choose_attention(config: Config, runtime: Runtime):
     Raises ConfigError when an explicitly asked backend does not work here.
     """
     cuda, asked = runtime.device.type == "cuda", config.attention_backend
-    names = ("fa3", "cudnn", "flash", "math") if asked == "auto" else (asked,)
-    shape, tolerance = (config.num_heads, config.num_kv_heads, config.head_dim), 0.05
+    anywhere, dtype = contextlib.nullcontext(), runtime.compute_dtype
+    trial = (config.num_heads, config.num_kv_heads, config.head_dim), runtime.device, dtype
     if not cuda and asked in ("auto", "math"):
-        function = attention_sdpa if asked == "auto" else attention_math
-        error = attention_error(function, contextlib.nullcontext(), shape, runtime.device, runtime.compute_dtype)
-        return "sdpa" if asked == "auto" else "math", function, contextlib.nullcontext(), error
-    reason = "it needs a CUDA device"
+        name, function = ("sdpa", attention_sdpa) if asked == "auto" else ("math", attention_math)
+        return name, function, anywhere, attention_error(function, anywhere, *trial)
+    every, reason = ("fa3", "cudnn", "flash", "math"), "it needs a CUDA device"
+    names, fallback = (every, ("math",)) if asked == "auto" else ((asked,), ())
     for name in names if cuda else ():
-        flash = find_fa3() if name == "fa3" and runtime.compute_dtype == torch.bfloat16 else None
+        flash = find_fa3() if name == "fa3" and dtype == torch.bfloat16 else None
         if name == "fa3" and flash is None:
-            reason = ("flash_attn_interface is not installed; pip install flash_attn_3 --find-links "
+            reason = ("FlashAttention-3 is not installed; pip install flash_attn_3 --find-links "
                       "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
             continue
         function = fa3_attention(flash) if flash else attention_sdpa
         try:
-            trial = contextlib.nullcontext() if flash else sdpa_only(name)
-            error = attention_error(function, trial, shape, runtime.device, runtime.compute_dtype)
+            error = attention_error(function, anywhere if flash else sdpa_only(name), *trial)
+            reason = f"its result is off by {error:.2g} from plain attention"
         except RuntimeError as failure:
-            reason = str(failure).split("\n")[0]
-            continue
-        if error <= tolerance:
-            fallback = () if asked != "auto" else ("math",)
-            return name, function, contextlib.nullcontext() if flash else sdpa_only(name, *fallback), error
-        reason = f"its result is off by {error:.2g} from plain attention"
+            error, reason = math.inf, str(failure).split("\n")[0]
+        if error <= 0.05:
+            return name, function, anywhere if flash else sdpa_only(name, *fallback), error
     raise ConfigError([f"ATTENTION_BACKEND={asked}: not usable here: {reason}"])
 
 
-def softcap_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """Return the loss in nats of each target (N,), fp32, under logits cap * tanh(hidden @ head.T / cap)."""
+def softcap_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor,
+                          cap: float) -> Tensor:
+    """Return the loss in nats of each target (N,), fp32, under the softcapped logits."""
     return F.cross_entropy(softcap_logits(hidden_ND, head_VD, cap), targets_N, reduction="none")
 
 
 def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
-    """Return softcapped logits (N, V), fp32."""
+    """Return softcapped logits (N, V), fp32: cap * tanh(hidden @ head.T / cap)."""
     return cap * torch.tanh(F.linear(hidden_ND, head_VD.to(hidden_ND.dtype)).float() / cap)
 
 
 # == 5 Model ======================================================================================
 
-RMS_EPS = 2.0 ** -23  # fp32 machine epsilon whatever the dtype: embeddings start with mean square 2.5e-5
+# fp32 machine epsilon whatever the dtype: embeddings start with mean square 2.5e-5
+RMS_EPS = 2.0 ** -23
 
 
 class Role(Enum):
@@ -1374,17 +1382,18 @@ class Layout:
     lanes_from: int
 
 
-def plan_layout(order: tuple[int, ...], num_layers: int, lane_start: int, skip_to_lanes: bool) -> Layout:
+def plan_layout(order: tuple[int, ...], num_layers: int, lane_start: int,
+                skip_to_lanes: bool) -> Layout:
     """Return the Layout of a virtual order: its first half encodes, its second half decodes.
 
     Decoder step j takes the j-th youngest encoder output through skip row j. The lanes split at
     the first decoder step whose layer is `lane_start` or later; rows that arrive after the split
     reach the attention lane (PR #1395) or, with skip_to_lanes False, are lost (PR #1471).
     """
-    border = len(order) // 2
-    split = 0 < lane_start < num_layers
-    lanes_from = next((j for j in range(border, len(order)) if split and order[j] >= lane_start), len(order))
-    rows = min(skip_rows(num_layers), border, len(order) - border)
+    border, end = len(order) // 2, len(order)
+    late = (j for j in range(border, end) if 0 < lane_start < num_layers and order[j] >= lane_start)
+    lanes_from = next(late, end)
+    rows = min(skip_rows(num_layers), border)
     skips = tuple((row, border + row, border - 1 - row) for row in range(rows)
                   if skip_to_lanes or border + row <= lanes_from)
     return Layout(tuple(order), skips, lanes_from)
@@ -1397,8 +1406,8 @@ def skip_rows(num_layers: int) -> int:
 
 def layouts_of(config: Config) -> tuple[Layout, Layout]:
     """Return the layouts before and after recurrence starts (equal where there is none)."""
-    return tuple(plan_layout(order, config.num_layers, config.parallel_start_layer, config.skip_to_lanes)
-                 for order in (config.base_order, config.recurrent_order))
+    rest = config.num_layers, config.parallel_start_layer, config.skip_to_lanes
+    return plan_layout(config.base_order, *rest), plan_layout(config.recurrent_order, *rest)
 
 
 def parameter(*shape: int, role: Role, dtype=torch.float32) -> nn.Parameter:
@@ -1413,7 +1422,8 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
 
 
-def rotary_tables(length: int, dims: int, base: float, train_len: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(length: int, dims: int, base: float, train_len: int,
+                  like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin (length, dims/2), computed in fp32, in the dtype of `like`.
 
     Beyond the training length the base grows (NTK scaling).
@@ -1421,7 +1431,8 @@ def rotary_tables(length: int, dims: int, base: float, train_len: int, like: Ten
     if length > train_len:
         base = base * (length / train_len) ** (dims / (dims - 2))
     exponents = torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims
-    angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), base ** -exponents)
+    positions = torch.arange(length, device=like.device, dtype=torch.float32)
+    angles = torch.outer(positions, base ** -exponents)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
@@ -1450,28 +1461,26 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, attend):
         super().__init__()
-        self.heads, self.kv_heads, self.width = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q = Linear(config.model_dim, config.model_dim)
-        self.k = Linear(config.model_dim, config.kv_dim)
-        self.v = Linear(config.model_dim, config.kv_dim)
-        self.out = Linear(config.model_dim, config.model_dim, zero_start=True)
+        dim, kv_dim, self.attend = config.model_dim, config.kv_dim, attend
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.q, self.k, self.v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
+        self.out = Linear(dim, dim, zero_start=True)
         self.q_gain = parameter(config.num_heads, role=Role.CONTROL)
-        self.attend = attend
-        self.exclude_self = exclude_self if layer >= config.num_layers - config.xsa_last_n else lambda out, v: out
+        excludes = layer >= config.num_layers - config.xsa_last_n
+        self.exclude_self = exclude_self if excludes else lambda out, v: out
 
     def forward(self, x_BTD: Tensor, rotary, value_BTE: Tensor | None) -> Tensor:
-        batch, length, _ = x_BTD.shape
         v = self.v(x_BTD) if value_BTE is None else self.v(x_BTD) + value_BTE
-        q = self.q(x_BTD).view(batch, length, self.heads, self.width)
-        k, v = (y.view(batch, length, self.kv_heads, self.width) for y in (self.k(x_BTD), v))
+        q = self.q(x_BTD).unflatten(-1, (self.heads, -1))
+        k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (self.k(x_BTD), v))
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
         q = q * self.q_gain.to(q.dtype)[:, None]
         out = self.exclude_self(self.attend(q, k, v), v)
-        return self.out(out.reshape(batch, length, -1).to(x_BTD.dtype))
+        return self.out(out.flatten(2).to(x_BTD.dtype))
 
 
 def exclude_self(out_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Return each head's output without its component along its own position's value (XSA), fp32."""
+    """Return each head's output less its component along its own position's value (XSA), fp32."""
     v = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12).unsqueeze(3)
     grouped = out_BTHK.float().unflatten(2, (v_BTGK.shape[2], -1))
     return (grouped - (grouped * v).sum(-1, keepdim=True) * v).flatten(2, 3)
@@ -1504,7 +1513,8 @@ class Block(nn.Module):
     def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        return x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, rotary, value)
+        attended = self.attn(rms_norm(x) * self.norm_scale, rotary, value)
+        return x + self.attn_scale.to(x.dtype) * attended
 
     def mlp_half(self, x: Tensor) -> Tensor:
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
@@ -1552,35 +1562,32 @@ class GPT(nn.Module):
         ve_layers = config.ve_layers if config.ve_enabled else ()
         self.ve = ValueEmbedding(config, dtype) if ve_layers else None
         self.ve_index = {layer: j for j, layer in enumerate(ve_layers)}
-        self.blocks = nn.ModuleList(Block(config, layer, attend) for layer in range(config.num_layers))
-        rows = skip_rows(config.num_layers)
-        self.skip_weights = parameter(rows, config.model_dim, role=Role.CONTROL)
-        self.skip_gates = (parameter(rows, config.model_dim, role=Role.CONTROL)
-                           if config.skip_gates_enabled else None)
+        self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
+        size = skip_rows(config.num_layers), config.model_dim
+        self.skip_weights = parameter(*size, role=Role.CONTROL)
+        self.skip_gates = parameter(*size, role=Role.CONTROL) if config.skip_gates_enabled else None
         self.lane_merge = parameter(role=Role.CONTROL) if config.lanes_split else None
 
     @torch.no_grad()
     def init_weights(self, seed: int):
         """Fill every parameter with its start value, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        starts = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "skip_gates": 0.0, "lane_merge": 0.5,
-                  "layer_scales": 1.0, "scale": 0.1, "q_gain": self.init_config.qk_gain_init}
-        for module_name, module in self.named_modules():
+        generator, c = torch.Generator().manual_seed(seed), self.init_config
+        starts = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "skip_gates": 0.0,
+                  "lane_merge": 0.5, "layer_scales": 1.0, "scale": 0.1, "q_gain": c.qk_gain_init,
+                  "resid_mix": [[1.0], [0.0]], "weight": 0.0}  # the last: zero_start
+        for module in self.modules():
             for name, p in module.named_parameters(recurse=False):
-                value = torch.empty(p.shape)
                 if isinstance(module, Embedding):
-                    std = self.init_config.tied_embed_init_std if module is self.tok_emb else 0.01
-                    value.normal_(0.0, std, generator=generator)
-                elif isinstance(module, Linear):
-                    value.zero_() if module.zero_start else nn.init.orthogonal_(value, generator=generator)
-                elif name == "resid_mix":
-                    value[0], value[1] = 1.0, 0.0
+                    std = c.tied_embed_init_std if module is self.tok_emb else 0.01
+                    value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
+                elif isinstance(module, Linear) and not module.zero_start:
+                    value = nn.init.orthogonal_(torch.empty(p.shape), generator=generator)
                 else:
-                    value.fill_(starts[name])
-                p.copy_(value)
+                    value = torch.tensor(starts[name])
+                p.copy_(value)  # the start of a gain or scale is spread over its shape
 
     def forward(self, tokens_BT: Tensor, layout: Layout, tail: int | None = None) -> Tensor:
-        """Return the normed final hidden state (B, T, D), or of the last `tail` positions (B, S, D).
+        """Return the normed final hidden state (B, T, D), or its last `tail` positions (B, S, D).
 
         The MLP lane never reads another position, so with `tail` it is cut at the split already.
         """
@@ -1628,16 +1635,16 @@ class GPT(nn.Module):
 
     def token_losses(self, tokens_BT: Tensor, targets_BS: Tensor, layout: Layout) -> Tensor:
         """Return the loss in nats at the last S positions (B, S), fp32; S = targets_BS.shape[1]."""
-        hidden = self(tokens_BT, layout, tail=targets_BS.shape[1])
-        losses = softcap_cross_entropy(hidden.flatten(0, 1), self.tok_emb.weight, targets_BS.flatten(), self.softcap)
-        return losses.view_as(targets_BS)
+        hidden = self(tokens_BT, layout, tail=targets_BS.shape[1]).flatten(0, 1)
+        return softcap_cross_entropy(hidden, self.tok_emb.weight, targets_BS.flatten(),
+                                     self.softcap).view_as(targets_BS)
 
     def mean_loss(self, tokens_BT: Tensor, targets_BT: Tensor, layout: Layout) -> Tensor:
         """Return the mean training loss in nats."""
         return self.token_losses(tokens_BT, targets_BT, layout).mean()
 
     def input_groups(self) -> dict[str, list[str]]:
-        """Return which weights read the same input: module whose input is observed -> parameter names."""
+        """Return which weights read one input: module with that input -> parameter names."""
         groups = {}
         for i in range(len(self.blocks)):
             groups[f"blocks.{i}.attn.q"] = [f"blocks.{i}.attn.{name}.weight" for name in "qkv"]
@@ -1666,28 +1673,30 @@ class Rates:
 
 
 def schedule(config: Config, step: int, progress: float) -> Rates:
-    """Return the rates of a step; `progress` is the share of the run done, by clock or by steps. Source: PR #1471."""
+    """Return the rates of a step; `progress` is the share of the run done, by clock or by steps.
+
+    Source: PR #1471.
+    """
     multiplier = 1.0
     if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
         multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
+    done, whole = step, config.muon_momentum_warmup_steps
     if config.muon_momentum_warmup_frac is not None:
-        warmed = progress / config.muon_momentum_warmup_frac if config.muon_momentum_warmup_frac else 1.0
-    else:
-        warmed = step / config.muon_momentum_warmup_steps if config.muon_momentum_warmup_steps else 1.0
-    start, warmed = config.muon_momentum_warmup_start, min(warmed, 1.0)
-    momentum = (1 - warmed) * start + warmed * config.muon_momentum
+        done, whole = progress, config.muon_momentum_warmup_frac
+    warmed = min(done / whole, 1.0) if whole else 1.0
+    momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
+    done, start = step, config.recur_start_step
     if config.recur_start_frac is not None:
-        recurrent = progress >= config.recur_start_frac
-    else:
-        recurrent = step >= config.recur_start_step
-    return Rates(multiplier, momentum, recurrent)
+        done, start = progress, config.recur_start_frac
+    return Rates(multiplier, momentum, recurrent=done >= start)
 
 
 def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
     """Return every parameter under its role; raises AssertionError if one has no owner or two."""
-    groups = {role: [p for p in model.parameters() if getattr(p, "role", None) is role] for role in Role}
+    params = list(model.parameters())
+    groups = {role: [p for p in params if getattr(p, "role", None) is role] for role in Role}
     owned = [id(p) for group in groups.values() for p in group]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters()), "a parameter without exactly one owner"
+    assert sorted(owned) == sorted(map(id, params)), "a parameter without exactly one owner"
     return groups
 
 
@@ -1707,10 +1716,10 @@ class Bank:
         self.offsets, ends = {}, {}
         for p in ordered:
             self.offsets[p] = ends.get(p.dtype, 0)
-            ends[p.dtype] = self.offsets[p] + -(-p.numel() // self.ALIGN) * self.ALIGN
-        device = ordered[0].device
-        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()}
-        self.grads = {dtype: torch.zeros(end, dtype=dtype, device=device) for dtype, end in ends.items()}
+            ends[p.dtype] = self.offsets[p] + self.room(p)
+        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=ordered[0].device)
+                        for dtype, end in ends.items()}
+        self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
         for p in ordered:
             view = self.view(self.weights, p)
             view.copy_(p.data)
@@ -1719,33 +1728,39 @@ class Bank:
                          for shape in dict.fromkeys(p.shape for p in matrices)]
         self.adam = {role: self.flat(groups[role]) for role in (Role.EMBED, Role.CONTROL)}
 
+    def room(self, p: nn.Parameter) -> int:
+        """Return the elements set aside for `p`: its own, rounded up to the alignment."""
+        return -(-p.numel() // self.ALIGN) * self.ALIGN
+
     def view(self, buffers, p: nn.Parameter) -> Tensor:
-        """Return the part of `buffers` (weights, grads, or an average of them) that belongs to `p`."""
+        """Return the part of `buffers` (weights, grads, an average of them) that belongs to `p`."""
         start = self.offsets[p]
         return buffers[p.dtype][start:start + p.numel()].view(p.shape)
 
     def stack(self, same: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Return weights and gradients of same-shape matrices as (N, R, C) views."""
-        start, count, shape = self.offsets[same[0]], len(same), same[0].shape
-        padded = -(-same[0].numel() // self.ALIGN) * self.ALIGN
-        size, strides = (count, *shape), (padded, shape[1], 1)
-        return tuple(buffers[same[0].dtype].as_strided(size, strides, start) for buffers in (self.weights, self.grads))
+        p = same[0]
+        size, strides = (len(same), *p.shape), (self.room(p), p.shape[1], 1)
+        return tuple(buffers[p.dtype].as_strided(size, strides, self.offsets[p])
+                     for buffers in (self.weights, self.grads))
 
     def flat(self, params: list[nn.Parameter]) -> nn.Parameter:
         """Return parameters that lie side by side as one flat parameter with its gradient."""
-        start, last = self.offsets[params[0]], params[-1]
-        end = self.offsets[last] + -(-last.numel() // self.ALIGN) * self.ALIGN
-        whole = nn.Parameter(self.weights[last.dtype][start:end])
-        whole.grad = self.grads[last.dtype][start:end]
+        last = params[-1]
+        span = slice(self.offsets[params[0]], self.offsets[last] + self.room(last))
+        whole = nn.Parameter(self.weights[last.dtype][span])
+        whole.grad = self.grads[last.dtype][span]
         return whole
 
 
 def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
-    """Return nearly orthogonal matrices (N, R, C) with the row and column spaces of g. Source: K. Jordan's Muon."""
+    """Return nearly orthogonal matrices (N, R, C) with the row and column spaces of g.
+
+    Source: K. Jordan's Muon.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g_NRC.shape[1] > g_NRC.shape[2]
-    x = g_NRC.to(dtype)
-    x = x.transpose(1, 2) if tall else x
+    x = (g_NRC.transpose(1, 2) if tall else g_NRC).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         p = x @ x.transpose(1, 2)
@@ -1756,33 +1771,33 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
 class Optimizers:
     """Muon on the matrices, AdamW on embeddings and on control tensors, over one Bank.
 
-    Matrix i of a shape is orthogonalised by rank i mod world size alone; the updates are then summed.
+    Of each shape, a rank orthogonalises the matrices `mine`: number i belongs to rank i mod world
+    size. The updates are then summed.
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime):
-        self.config, self.runtime = config, runtime
+        self.config, self.runtime, self.clip_norm = config, runtime, config.grad_clip_norm
         self.bank = Bank(partition(model))
-        self.momenta = [torch.zeros_like(g[runtime.rank::runtime.world_size]) for _, g in self.bank.matrices]
-        settings = {Role.EMBED: (config.tied_embed_lr, config.embed_wd), Role.CONTROL: (config.scalar_lr, config.adam_wd)}
+        self.mine = slice(runtime.rank, None, runtime.world_size)
+        self.momenta = [torch.zeros_like(grads[self.mine]) for _, grads in self.bank.matrices]
         groups = [dict(params=[self.bank.adam[role]], lr=lr, peak_lr=lr, weight_decay=decay)
-                  for role, (lr, decay) in settings.items()]
-        self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-                                       fused=runtime.device.type == "cuda")
+                  for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
+                                          (Role.CONTROL, config.scalar_lr, config.adam_wd))]
+        self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
+                                       eps=config.adam_eps, fused=runtime.device.type == "cuda")
 
     def zero_grad(self):
         for flat in self.bank.grads.values():
             flat.zero_()
 
     def reduce_and_clip(self):
-        """Average the gradients over the ranks, then scale them to a global norm of at most GRAD_CLIP_NORM."""
+        """Average gradients over the ranks, then scale them to a global norm of GRAD_CLIP_NORM."""
         flats = list(self.bank.grads.values())
         for flat in flats:
-            self.runtime.sum_(flat)
-            if self.runtime.world_size > 1:
-                flat.div_(self.runtime.world_size)
-        if self.config.grad_clip_norm:
+            self.runtime.sum_(flat).div_(self.runtime.world_size)
+        if self.clip_norm:
             norm = torch.stack([flat.float().norm() for flat in flats]).norm()
-            factor = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             for flat in flats:
                 flat.mul_(factor)
 
@@ -1792,16 +1807,16 @@ class Optimizers:
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * rates.lr_multiplier
         self.adamw.step()
-        lr, rank, ranks = self.config.matrix_lr * rates.lr_multiplier, self.runtime.rank, self.runtime.world_size
+        lr, beta = self.config.matrix_lr * rates.lr_multiplier, rates.muon_momentum
         for (weights, grads), momentum in zip(self.bank.matrices, self.momenta):
-            update = torch.zeros(weights.shape, dtype=self.runtime.compute_dtype, device=weights.device)
+            update = torch.zeros_like(weights, dtype=self.runtime.compute_dtype)
             if len(momentum):
-                update[rank::ranks] = self.muon_update(grads[rank::ranks], momentum, rates.muon_momentum)
+                update[self.mine] = self.muon_update(grads[self.mine], momentum, beta)
             self.runtime.sum_(update)
             weights.mul_(1 - lr * self.config.muon_wd).add_(update, alpha=-lr)
 
     def muon_update(self, grads: Tensor, momentum: Tensor, beta: float) -> Tensor:
-        """Return the update directions (N, R, C): Nesterov, rows normalised (MuonEq-R), orthogonalised."""
+        """Return updates (N, R, C): Nesterov, rows normalised (MuonEq-R), orthogonalised."""
         momentum.mul_(beta).add_(grads)
         direction = torch.add(grads, momentum, alpha=beta)
         direction /= direction.norm(dim=2, keepdim=True).clamp_min(1e-7)
@@ -1816,7 +1831,7 @@ class Optimizers:
 
 
 class Average:
-    """Exponential moving average of every weight, fp32, started at the weights of its construction."""
+    """Exponential moving average of every weight, fp32, from the weights at its construction on."""
 
     def __init__(self, bank: Bank, decay: float):
         self.bank, self.decay = bank, decay
@@ -1848,7 +1863,7 @@ MULTIPLIER_RANGE = (0.35, 4.0)
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How matrices of one kind become codes: range +-max_code, clip radius k in row stds, least step."""
+    """How matrices of one kind become codes: range +-max_code, radius of k row stds, least step."""
 
     max_code: int
     k: float
@@ -1857,18 +1872,19 @@ class QuantSpec:
 
 
 def clip_radius(w_NRC: Tensor, spec: QuantSpec, multiplier: float) -> Tensor:
-    """Return the clip radius (N, R), fp32, in weight units: multiplier * k standard deviations of the row."""
+    """Return the clip radius (N, R), fp32, in weight units: multiplier * k stds of the row."""
     return (multiplier * spec.k * w_NRC.float().std(dim=2)).clamp_min(1e-6)
 
 
 def step_sizes(radius_NR: Tensor, spec: QuantSpec) -> Tensor:
-    """Return the steps (N, R), fp32, in weight units: the radius spans the code range, or the floor.
+    """Return steps (N, R), fp32, in weight units: the radius spans the code range, or the floor.
 
     Raises ValueError on a step that fp16, in which steps are stored, cannot hold. Source: PR #1394.
     """
     steps = (radius_NR / spec.max_code).clamp_min(spec.floor)
     if not torch.isfinite(steps.half()).all():
-        raise ValueError("weights are not finite or too large for fp16 steps: training diverged; lower the learning rates")
+        raise ValueError("weights are not finite or too large for fp16 steps: training diverged; "
+                         "lower the learning rates")
     return steps
 
 
@@ -1878,14 +1894,18 @@ def stored_steps(steps: Tensor) -> Tensor:
 
 
 def round_to_nearest(w_NRC: Tensor, radius_NR: Tensor, steps_NR: Tensor, max_code: int) -> Tensor:
-    """Return codes (N, R, C) int8, each weight clipped to its row's radius and rounded on its own."""
+    """Return codes (N, R, C) int8, each weight clipped to its row's radius and rounded alone."""
     clipped = w_NRC.clamp(-radius_NR[:, :, None], radius_NR[:, :, None])
     return (clipped / steps_NR[:, :, None]).round().clamp(-max_code, max_code).to(torch.int8)
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What GPTQ needs of Hessians (N, C, C): column order, upper Cholesky factor of the inverse, damping used."""
+    """What GPTQ needs of Hessians (N, C, C).
+
+    The order of columns, the upper Cholesky factor of the inverse, which inputs never act, and
+    the damping used.
+    """
 
     order_NC: Tensor
     upper_NCC: Tensor
@@ -1894,9 +1914,10 @@ class Factors:
 
 
 def factor_hessians(hessian_NCC: Tensor) -> Factors:
-    """Return the factors of Hessians, columns by descending diagonal, damped by 1 % of the mean diagonal.
+    """Return factors of Hessians, columns by descending diagonal, damped by 1 % of its mean.
 
-    Worked out in float64, returned in the Hessians' dtype. Damping rises tenfold for a matrix that is not positive definite; raises ValueError after 100 %.
+    Worked out in float64, returned in the Hessians' dtype. Damping rises tenfold for a matrix that
+    is not positive definite; raises ValueError after 100 %.
     Source: GPTQ (arXiv 2210.17323) with act-order.
     """
     hessian = hessian_NCC.to(torch.float64, copy=True)
@@ -1907,16 +1928,17 @@ def factor_hessians(hessian_NCC: Tensor) -> Factors:
     damp = torch.full_like(mean, GPTQ_DAMP)
     diagonal.add_(damp * mean)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
+    rows, columns = (order.unsqueeze(dim).expand_as(hessian) for dim in (2, 1))
+    hessian = hessian.gather(1, rows).gather(2, columns)
     while True:
         lower, info = torch.linalg.cholesky_ex(hessian)
         failed = info > 0
         if not failed.any():
             break
         if damp.max() >= 1 or not torch.isfinite(hessian).all():
-            raise ValueError("calibration Hessian is not positive definite even when damped: statistics are damaged "
-                             "or not finite; calibrate again")
-        extra = torch.where(failed[:, None], 9 * damp, torch.zeros_like(damp))
+            raise ValueError("calibration Hessian is not positive definite even when damped: "
+                             "statistics are damaged or not finite; calibrate again")
+        extra = torch.where(failed[:, None], 9 * damp, 0.0)
         hessian.diagonal(dim1=1, dim2=2).add_(extra * mean)
         damp += extra
     upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
@@ -1926,8 +1948,8 @@ def factor_hessians(hessian_NCC: Tensor) -> Factors:
 def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int) -> Tensor:
     """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
 
-    Weights and factors share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is contiguous.
-    Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
+    Weights and factors share a dtype, in which the feedback runs. Work is laid out (N, C, R), so
+    that a column is contiguous. Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
     count, rows, columns = w_NRC.shape
     order = factors.order_NC[:, :, None].expand(count, columns, rows)
@@ -1940,9 +1962,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int) -> Te
         for j in range(start, end):
             code = (work[:, j] / steps).round_().clamp_(-max_code, max_code)
             error = (work[:, j] - code * steps) / upper[:, j, j, None]
-            codes[:, j], errors[:, j - start] = code.to(torch.int8), error
-            if j + 1 < end:
-                work[:, j + 1:end] -= upper[:, j, j + 1:end, None] * error[:, None, :]
+            codes[:, j], errors[:, j - start] = code, error
+            work[:, j + 1:end] -= upper[:, j, j + 1:end, None] * error[:, None, :]
         work[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
     return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
 
@@ -1953,17 +1974,17 @@ def dequantize(codes: Tensor, steps: Tensor) -> Tensor:
 
 
 def entropy_bytes(codes: Tensor) -> float:
-    """Return the order-0 entropy of int8 codes, in bytes: what an ideal coder with one histogram needs."""
+    """Return the order-0 entropy of int8 codes in bytes: what one ideal histogram coder needs."""
     counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
     counts = counts[counts > 0]
     return float((counts * (counts.sum() / counts).log2()).sum() / 8)
 
 
 def gaussian_bits(step: float, max_code: int) -> float:
-    """Return the entropy in bits of a unit Gaussian rounded to multiples of `step`, codes clipped to +-max_code."""
+    """Return the bits of a unit Gaussian rounded to multiples of `step`, clipped at +-max_code."""
     edges = (np.arange(-max_code, max_code) + 0.5) * step
-    below = np.array([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])
-    shares = np.diff(np.concatenate([[0.0], below, [1.0]]))
+    below = [0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges]
+    shares = np.diff([0.0, *below, 1.0])
     shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum())
 
@@ -1971,12 +1992,12 @@ def gaussian_bits(step: float, max_code: int) -> float:
 def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, bytes]:
     """Return (multiplier, packed bytes): the finest steps whose packed size is within the limit.
 
-    estimate_at(multiplier) -> bytes, cheap and falling; pack_at(multiplier) -> bytes object, the real
-    coder; report(multiplier, estimate, packed_bytes) is told of each packing. Bisects the estimate,
-    then corrects it by the ratio the real coder showed, until at most 0.1 % is unused. Outside
-    MULTIPLIER_RANGE it returns the nearest end, fitting or not.
+    estimate_at(multiplier) -> bytes, cheap and falling; pack_at(multiplier) -> bytes object, the
+    real coder; report(multiplier, estimate, packed_bytes) is told of each packing. Bisects the
+    estimate, then corrects it by the ratio the real coder showed, until at most 0.1 % is unused.
+    Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
-    estimates, best, seen, target = {}, None, [], limit_bytes
+    estimates, best, seen, target = {}, None, [(0, 0)], limit_bytes
     for _ in range(5):
         multiplier = solve_estimate(estimate_at, target, estimates)
         packed = pack_at(multiplier)
@@ -1984,18 +2005,18 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
         fits = len(packed) <= limit_bytes
         if fits and (best is None or multiplier < best[0]):
             best = multiplier, packed
-        at_end = multiplier == MULTIPLIER_RANGE[0] if fits else multiplier == MULTIPLIER_RANGE[1]
+        at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
         if at_end or (fits and len(packed) >= 0.999 * limit_bytes):
             return multiplier, packed
-        # aim a little under the limit, along the line through the last two packings (or the origin)
+        # a little under the limit, along the line through the last two packings (or the origin)
         seen = [*seen, (estimates[multiplier], len(packed))][-2:]
-        (e0, p0), (e1, p1) = seen if len(seen) == 2 and seen[0][1] != seen[1][1] else ((0, 0), seen[-1])
+        (e0, p0), (e1, p1) = seen if seen[0][1] != seen[1][1] else ((0, 0), seen[1])
         target = e1 + (0.9996 * limit_bytes - p1) * (e1 - e0) / (p1 - p0)
     return best or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
 
 
 def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) -> float:
-    """Return the least multiplier, to 0.02 % of the bytes, whose estimate is at most `target_bytes`.
+    """Return the least multiplier, to 0.02 % of the bytes, with an estimate <= `target_bytes`.
 
     `known` keeps estimates between calls. Bisection in the logarithm, sped up by interpolation:
     the entropy falls by about one bit a weight whenever the steps double.
@@ -2003,11 +2024,9 @@ def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) 
     def estimate(multiplier):
         if multiplier not in known:
             known[multiplier] = estimate_at(multiplier)
-        return known[multiplier]
 
     low, high = MULTIPLIER_RANGE
-    if 1.0 not in known:
-        estimate(1.0)
+    estimate(1.0)
     for turn in range(20):
         above = max((m for m in known if known[m] > target_bytes), default=None)
         below = min((m for m in known if known[m] <= target_bytes), default=None)
@@ -2029,11 +2048,14 @@ def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) 
 
 
 def entropy_slope(known: dict[float, float], nearest: float, target_bytes: float) -> float:
-    """Return bytes lost per doubling of the steps near `nearest` (negative): from two points, else a guess."""
-    other = [m for m in known if m != nearest]
-    if not other:
+    """Return bytes lost per doubling of the steps near `nearest` (negative).
+
+    From two known points, else a guess.
+    """
+    others = [m for m in known if m != nearest]
+    if not others:
         return -0.25 * known[nearest]
-    other = min(other, key=lambda m: abs(math.log(m / nearest)))
+    other = min(others, key=lambda m: abs(math.log(m / nearest)))
     return min((known[other] - known[nearest]) / math.log2(other / nearest), -0.05 * known[nearest])
 
 
@@ -2044,15 +2066,17 @@ INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
 
 def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
     """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
-    storage = {}
-    for name, p in model.named_parameters():
-        if p.role is Role.EMBED:
-            storage[name] = "int8"
-        elif p.role is Role.MATRIX:
-            storage[name] = "int6" if p.numel() > config.fp16_max_numel else "float16"
-        else:
-            storage[name] = config.control_dtype
-    return storage
+    kinds = {Role.EMBED: "int8", Role.MATRIX: "int6", Role.CONTROL: config.control_dtype}
+    return {name: "float16" if p.role is Role.MATRIX and p.numel() <= config.fp16_max_numel
+            else kinds[p.role] for name, p in model.named_parameters()}
+
+
+def quant_specs(config: Config) -> dict[str, QuantSpec]:
+    """Return how each kind of codes is made at multiplier 1."""
+    k, k_embed = config.sdclip_k or BASE_K, config.sdclip_k_embed or BASE_K_EMBED
+    gptq_embed = config.gptq_enabled and config.embed_gptq
+    return {"int6": QuantSpec(INT6_MAX_CODE, k, config.scale_floor, config.gptq_enabled),
+            "int8": QuantSpec(INT8_MAX_CODE, k_embed, config.scale_floor_embed, gptq_embed)}
 
 
 class Quantizer:
@@ -2062,32 +2086,31 @@ class Quantizer:
     Same-shape tensors of a kind are worked on at once, on `device`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config, device):
-        self.storage = plan_storage(meta_model(config), config)
+    def __init__(self, weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config,
+                 device):
+        self.storage, self.specs = plan_storage(meta_model(config), config), quant_specs(config)
         self.weights, self.groups, self.memo = weights, [], {}
-        self.specs = {
-            "int6": QuantSpec(INT6_MAX_CODE, config.sdclip_k or BASE_K, config.scale_floor, config.gptq_enabled),
-            "int8": QuantSpec(INT8_MAX_CODE, config.sdclip_k_embed or BASE_K_EMBED, config.scale_floor_embed,
-                              config.gptq_enabled and config.embed_gptq)}
         self.redamped, self.gptq_names, self.rounded_names = {}, [], []
         by_shape = {}
         for name, kind in self.storage.items():
             if kind in self.specs:
                 solved = self.specs[kind].gptq and name in hessians
                 (self.gptq_names if solved else self.rounded_names).append(name)
-                by_shape.setdefault((kind, solved, tuple(weights[name].shape)), []).append(name)
+                by_shape.setdefault((kind, solved, weights[name].shape), []).append(name)
         for (kind, solved, _), names in by_shape.items():
             stacked = torch.stack([weights[name] for name in names]).to(device)
-            factors = self.factor(names, hessians, device) if solved else None
+            factors = None
+            if solved:
+                factors = factor_hessians(torch.stack([hessians[n] for n in names]).to(device))
+                damps = zip(names, factors.damp_N.tolist())
+                self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
             self.groups.append((names, kind, stacked, factors))
 
-    def factor(self, names: list[str], hessians: dict[str, Tensor], device) -> Factors:
-        factors = factor_hessians(torch.stack([hessians[name] for name in names]).to(device))
-        self.redamped.update({name: damp for name, damp in zip(names, factors.damp_N.tolist()) if damp > GPTQ_DAMP})
-        return factors
-
     def codes_at(self, multiplier: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return name -> (codes (R, C) int8, steps (R,) fp16) at a step multiplier; the last result is kept."""
+        """Return name -> (codes (R, C) int8, steps (R,) fp16) at a step multiplier.
+
+        The last result is kept.
+        """
         if multiplier not in self.memo:
             self.memo = {multiplier: {}}
             for names, kind, w_NRC, factors in self.groups:
@@ -2099,39 +2122,42 @@ class Quantizer:
                 else:  # int8 tables are rounded against the fp32 step, as published
                     used = steps if kind == "int8" else stored_steps(steps)
                     codes = round_to_nearest(w_NRC, radius, used, spec.max_code)
-                for name, c, s in zip(names, codes.cpu(), steps.half().cpu()):
-                    self.memo[multiplier][name] = c, s
+                self.memo[multiplier].update(zip(names, zip(codes.cpu(), steps.half().cpu())))
         return self.memo[multiplier]
 
     def tensors_at(self, multiplier: float, with_codes: bool = True) -> dict[str, Tensor]:
         """Return the artifact's tensors in the model's order."""
-        codes, tensors = self.codes_at(multiplier), {}
+        found, tensors = self.codes_at(multiplier), {}
         for name, kind in self.storage.items():
             if kind in self.specs:
                 if with_codes:
-                    tensors[f"{name}.codes"] = codes[name][0]
-                tensors[f"{name}.steps"] = codes[name][1]
+                    tensors[f"{name}.codes"] = found[name][0]
+                tensors[f"{name}.steps"] = found[name][1]
             else:
                 tensors[name] = self.weights[name].to(DTYPES[kind])
         return tensors
 
     def bits(self, multiplier: float, kind: str) -> float:
         """Return the mean order-0 entropy in bits of a code of the given kind."""
-        codes = [c for name, (c, _) in self.codes_at(multiplier).items() if self.storage[name] == kind]
+        found = self.codes_at(multiplier)
+        codes = [found[name][0] for name in found if self.storage[name] == kind]
         return 8 * sum(map(entropy_bytes, codes)) / max(1, sum(c.numel() for c in codes))
 
 
-def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes: int, report) -> tuple[float, bytes]:
+def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes: int,
+                 report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
+    tensors_at, codec = quantizer.tensors_at, config.compressor
+
     def pack_at(multiplier):
-        return pack_tensors({**header, "multiplier": multiplier}, quantizer.tensors_at(multiplier), config.compressor)
+        return pack_tensors({**header, "multiplier": multiplier}, tensors_at(multiplier), codec)
 
     if not config.search_k:
         return 1.0, pack_at(1.0)
-    rest = len(pack_tensors(header, quantizer.tensors_at(1.0, with_codes=False), config.compressor))
+    rest = len(pack_tensors(header, tensors_at(1.0, with_codes=False), codec))
 
     def estimate_at(multiplier):
-        return rest + sum(entropy_bytes(codes) for codes, _ in quantizer.codes_at(multiplier).values())
+        return rest + sum(entropy_bytes(c) for c, _ in quantizer.codes_at(multiplier).values())
 
     return fit_budget(estimate_at, pack_at, limit_bytes, report)
 
@@ -2143,47 +2169,48 @@ def restore_weights(tensors: dict[str, Tensor], config: Config, origin) -> dict[
     """
     model, state, left = meta_model(config), {}, dict(tensors)
     for name, kind in plan_storage(model, config).items():
-        shape = model.get_parameter(name).shape
+        shape, found = model.get_parameter(name).shape, []
+        parts = [(name, shape, DTYPES.get(kind))]
         if kind in ("int6", "int8"):
-            parts = [(f"{name}.codes", shape, torch.int8), (f"{name}.steps", shape[:1], torch.float16)]
-        else:
-            parts = [(name, shape, DTYPES[kind])]
-        for part, expected, dtype in parts:
-            if part not in left or left[part].shape != expected or left[part].dtype != dtype:
-                raise ContainerError(f"{origin}: tensor {part} is missing or of another form than its configuration says")
-        found = [left.pop(part) for part, _, _ in parts]
+            parts = [(f"{name}.codes", shape, torch.int8),
+                     (f"{name}.steps", shape[:1], torch.float16)]
+        for part, *form in parts:
+            found.append(left.pop(part, None))
+            if found[-1] is None or [found[-1].shape, found[-1].dtype] != form:
+                raise ContainerError(f"{origin}: tensor {part} is missing or not as configured")
         state[name] = dequantize(*found) if len(found) == 2 else found[0].float()
     if left:
-        raise ContainerError(f"{origin}: holds tensors the model does not have: {sorted(left)[:3]}")
+        raise ContainerError(f"{origin}: tensors the model does not have: {sorted(left)[:3]}")
     return state
 
 
 def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
-    """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, before any training."""
-    model, fixed, per_kind = meta_model(config), 6000, {"int6": 0, "int8": 0}
-    storage = plan_storage(model, config)
-    for name, p in model.named_parameters():
-        if storage[name] in per_kind:
-            per_kind[storage[name]] += p.numel()
+    """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
+    model, fixed, specs = meta_model(config), 6000, quant_specs(config)
+    weights = dict.fromkeys(specs, 0)
+    for name, kind in plan_storage(model, config).items():
+        p = model.get_parameter(name)
+        if kind in specs:
+            weights[kind] += p.numel()
             fixed += 2 * p.shape[0]
         else:
-            fixed += p.numel() * DTYPES[storage[name]].itemsize
+            fixed += p.numel() * DTYPES[kind].itemsize
 
     def total(multiplier):
-        k, k_embed = config.sdclip_k or BASE_K, config.sdclip_k_embed or BASE_K_EMBED
-        bits = (per_kind["int6"] * gaussian_bits(multiplier * k / INT6_MAX_CODE, INT6_MAX_CODE)
-                + per_kind["int8"] * gaussian_bits(multiplier * k_embed / INT8_MAX_CODE, INT8_MAX_CODE))
+        bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code, spec.max_code)
+                   for kind, spec in specs.items())
         return code_bytes + fixed + int(bits / 8 * 1.003)
 
-    finest, coarsest = total(MULTIPLIER_RANGE[0]), total(MULTIPLIER_RANGE[1])
     if not config.search_k:
-        floored = config.scale_floor or config.scale_floor_embed
-        return total(1.0), "at the given k" + ("; the scale floor makes it smaller" if floored else "")
-    if coarsest > config.artifact_max_bytes:
-        return coarsest, "does not fit at the coarsest steps: use a smaller model or a larger ARTIFACT_MAX_BYTES"
-    if finest < config.artifact_max_bytes:
-        return finest, f"{config.artifact_max_bytes - finest} bytes of the budget stay unused at the finest steps"
-    return int(0.9995 * config.artifact_max_bytes), "the search fills the budget"
+        smaller = "; the scale floor makes it smaller" * any(s.floor for s in specs.values())
+        return total(1.0), f"at the given k{smaller}"
+    limit, (finest, coarsest) = config.artifact_max_bytes, map(total, MULTIPLIER_RANGE)
+    if coarsest > limit:
+        return coarsest, ("does not fit at the coarsest steps: use a smaller model or a larger "
+                          "ARTIFACT_MAX_BYTES")
+    if finest < limit:
+        return finest, f"{limit - finest} bytes of the budget stay unused at the finest steps"
+    return int(0.9995 * limit), "the search fills the budget"
 
 
 # == 9 Evaluate: windows and the score ============================================================
@@ -2199,20 +2226,15 @@ class Score:
     def __add__(self, other: Score) -> Score:
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+    loss = property(lambda self: self.nats / self.tokens)
+    bpb = property(lambda self: self.nats / math.log(2) / self.bytes)
 
 
 def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (starts, first scored position inside each window): every target is scored exactly once.
+    """Return (starts, first scored position inside each window): each target is scored once.
 
-    Window 0 scores all it holds, each later one its positions from seq_len - stride on; the last may
-    run past the end and is padded there. stride = seq_len gives windows that do not overlap.
+    Window 0 scores all it holds, each later one its positions from seq_len - stride on; the last
+    may run past the end and is padded there. stride = seq_len: windows do not overlap.
     """
     starts = np.arange(0, max(num_targets - (seq_len - stride), 1), stride)
     return starts, np.where(starts == 0, 0, seq_len - stride)
@@ -2220,7 +2242,7 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarra
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Some windows with one first scored position: tokens (B, T), targets (B, S), and which of them count."""
+    """Some windows with one first scored position: tokens, targets, and which of these count."""
 
     tokens_BT: np.ndarray
     targets_BS: np.ndarray
@@ -2228,7 +2250,8 @@ class WindowBatch:
     bytes: int
 
 
-def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank: int, world_size: int):
+def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank: int,
+                   world_size: int):
     """Yield this rank's windows in batches of one static shape per first scored position."""
     num_targets = len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
@@ -2238,46 +2261,47 @@ def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank
         group = starts[first_scored == first]
         size = min(batch, len(group))
         for at in range(0, len(group), size):
-            real = group[at:at + size]
-            padded = np.concatenate([real, np.full(size - len(real), num_targets)])  # windows past the end count nothing
-            where = padded[:, None] + np.arange(seq_len)
-            inside = where < num_targets
-            where = np.minimum(where, num_targets - 1)
-            counted = inside[:, first:]
-            yield WindowBatch(np.where(inside, text.tokens[where], 0), text.tokens[where[:, first:] + 1], counted,
-                              int(text.target_bytes[where[:, first:]][counted].sum()))
+            some = group[at:at + size]
+            # fill up with windows past the end: they count nothing
+            some = np.concatenate([some, np.full(size - len(some), num_targets)])
+            where = some[:, None] + np.arange(seq_len)
+            inside, where = where < num_targets, np.minimum(where, num_targets - 1)
+            scored, counted = where[:, first:], inside[:, first:]
+            yield WindowBatch(np.where(inside, text.tokens[where], 0), text.tokens[scored + 1],
+                              counted, int(text.target_bytes[scored][counted].sum()))
 
 
-def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime, progress=None) -> Score:
+def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime,
+          progress=None) -> Score:
     """Return the Score of a text. windows: (seq_len, stride, windows per forward).
 
     losses_of(tokens_BT, targets_BS) -> nats (B, S) of the last S positions. Sums are float64.
     """
     seq_len, stride, batch = windows
-    total_windows = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) / runtime.world_size
+    planned = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) // runtime.world_size
     nats, tokens, target_bytes, done, since = [], 0, 0, 0, time.perf_counter()
     with torch.inference_mode():
         for part in window_batches(text, seq_len, stride, batch, runtime.rank, runtime.world_size):
-            inputs, targets, counted = (torch.from_numpy(x).to(runtime.device, non_blocking=True)
-                                        for x in (part.tokens_BT, part.targets_BS, part.counted_BS))
-            losses = losses_of(inputs, targets).double()
-            nats.append((losses * counted).sum())
+            inputs, targets, counted = (
+                torch.from_numpy(x).to(runtime.device, non_blocking=True)
+                for x in (part.tokens_BT, part.targets_BS, part.counted_BS))
+            nats.append((losses_of(inputs, targets).double() * counted).sum())
             tokens, target_bytes = tokens + int(part.counted_BS.sum()), target_bytes + part.bytes
             done += len(inputs)
             if progress:
-                progress(min(done, int(total_windows)), int(total_windows), since)
-        total = torch.stack(nats).sum() if nats else torch.zeros((), dtype=torch.float64, device=runtime.device)
-    sums = runtime.sum_(torch.tensor([total.item(), tokens, target_bytes], dtype=torch.float64))
+                progress(min(done, planned), planned, since)
+        total = torch.stack(nats).sum().item() if nats else 0.0
+    sums = runtime.sum_(torch.tensor([total, tokens, target_bytes], dtype=torch.float64))
     return Score(sums[0].item(), int(sums[1]), int(sums[2]))
 
 
 # == 10 Train =====================================================================================
 
 def micro_batch_sequences(config: Config, world_size: int) -> int:
-    """Return windows per forward on one rank: the largest even split of its share within MICRO_BATCH_TOKENS."""
+    """Return windows per forward on one rank: its share split evenly within MICRO_BATCH_TOKENS."""
     share = config.step_windows // world_size
     most = max(1, config.micro_batch_tokens // config.train_seq_len)
-    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)
 
 
 @dataclass
@@ -2292,10 +2316,11 @@ class TrainState:
 
 
 class Trainer:
-    """The training loop and its warm-up. `validate(layout)` returns a Score and runs off the clock."""
+    """The training loop and its warm-up. `validate(layout)` returns a Score, off the clock."""
 
     def __init__(self, state: TrainState, config: Config, runtime: Runtime, log: Log, clock: Clock):
-        self.state, self.config, self.runtime, self.log, self.clock = state, config, runtime, log, clock
+        self.state, self.config, self.runtime = state, config, runtime
+        self.log, self.clock = log, clock
         self.plain_layout, self.recurrent_layout = layouts_of(config)
         self.micro = micro_batch_sequences(config, runtime.world_size)
         self.mean_loss = runtime.compile(state.model.mean_loss)
@@ -2307,7 +2332,10 @@ class Trainer:
         return lambda tokens, targets: self.token_losses(tokens, targets, layout)
 
     def update(self, windows: Tensor, layout: Layout, rates: Rates) -> Tensor:
-        """Make one optimizer step on this rank's windows (B, T + 1); returns their mean loss, on the device."""
+        """Make one optimizer step on this rank's windows (B, T + 1); returns their mean loss.
+
+        The loss stays on the device.
+        """
         optimizers, parts = self.state.optimizers, windows.split(self.micro)
         optimizers.zero_grad()
         total = torch.zeros((), device=self.runtime.device)
@@ -2320,99 +2348,101 @@ class Trainer:
         return total / len(parts)
 
     def synthetic(self, sequences: int, seq_len: int) -> Tensor:
-        """Return random windows (sequences, seq_len + 1) that touch neither data order nor global RNG."""
+        """Return random windows (sequences, seq_len + 1); data order and global RNG stay."""
         generator = torch.Generator().manual_seed(0)
-        windows = torch.randint(self.config.vocab_size, (sequences, seq_len + 1), generator=generator)
-        return windows.to(self.runtime.device)
+        ids = torch.randint(self.config.vocab_size, (sequences, seq_len + 1), generator=generator)
+        return ids.to(self.runtime.device)
 
     def warm_up(self):
-        """Compile every graph and time a step of each layout on synthetic text, then undo all of it."""
-        config, bank = self.config, self.state.optimizers.bank
+        """Compile every graph, time each layout's step on synthetic text, then undo all of it."""
+        config, runtime, optimizers = self.config, self.runtime, self.state.optimizers
         layouts = list(dict.fromkeys((self.plain_layout, self.recurrent_layout)))
-        saved = {dtype: flat.clone() for dtype, flat in bank.weights.items()}
-        share = config.step_windows // self.runtime.world_size
-        windows, steps = self.synthetic(share, config.train_seq_len), max(config.warmup_steps, 2 * len(layouts))
+        saved = {dtype: flat.clone() for dtype, flat in optimizers.bank.weights.items()}
+        windows = self.synthetic(config.step_windows // runtime.world_size, config.train_seq_len)
+        steps = max(config.warmup_steps, 2 * len(layouts))
         for i in range(steps):
             layout, since = layouts[i % len(layouts)], time.perf_counter()
             self.update(windows, layout, schedule(config, 0, 0.0))
-            self.runtime.synchronize()
-            self.step_seconds[layout] = self.runtime.agree(time.perf_counter() - since)
+            runtime.synchronize()
+            self.step_seconds[layout] = runtime.agree(time.perf_counter() - since)
             if i < 6 or (i + 1) % 10 == 0 or i + 1 == steps:
                 self.log.event("warmup_step", step=i + 1, steps=steps)
-        if self.runtime.compiles:
+        if runtime.compiles:
             self.compile_evaluation(layouts)
-        for dtype, flat in bank.weights.items():
+        for dtype, flat in optimizers.bank.weights.items():
             flat.copy_(saved[dtype])
-        self.state.optimizers.reset()
-        self.state.optimizers.zero_grad()
+        optimizers.reset()
+        optimizers.zero_grad()
 
     def compile_evaluation(self, layouts: list[Layout]):
         """Run the evaluation graph of each layout once in the shape that validation uses."""
-        config = self.config
-        windows = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
+        windows = self.synthetic(self.config.eval_batch_windows, self.config.eval_seq_len)
         with torch.inference_mode():
             for layout in layouts:
                 self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), layout)
 
     def train(self, loader: Loader, budget_seconds: float, validate):
-        """Train until ITERATIONS or until one more step would pass `budget_seconds` (0: no limit)."""
-        state, config, clock = self.state, self.config, self.clock
-        pacer = Pacer(budget_seconds, self.runtime.agree)
+        """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none)."""
+        state, config, clock, log = self.state, self.config, self.clock, self.log
+        every, iterations = config.val_loss_every, config.iterations
+        whole = budget_seconds or max(1, iterations)
+        pacer, began = Pacer(budget_seconds, self.runtime.agree), time.perf_counter()
         pacer.expect(self.step_seconds.get(state.layout, 0.0))
-        began = time.perf_counter()
         with clock.span("train"):
             while True:
                 self.runtime.synchronize()
                 elapsed = pacer.elapsed(clock.training_seconds())
-                progress = elapsed / budget_seconds if budget_seconds else state.step / max(1, config.iterations)
+                progress = (elapsed if budget_seconds else state.step) / whole
                 rates = schedule(config, state.step, progress)
                 if rates.recurrent and state.layout != self.recurrent_layout:
                     state.layout = self.recurrent_layout
                     pacer.expect(self.step_seconds.get(state.layout, 0.0))
-                    self.log.event("recurrence", step=state.step, order=list(state.layout.order))
-                last = state.step >= config.iterations or not pacer.fits()
-                if last or (config.val_loss_every and state.step % config.val_loss_every == 0):
+                    log.event("recurrence", step=state.step, order=list(state.layout.order))
+                last = state.step >= iterations or not pacer.fits()
+                if last or (every and state.step % every == 0):
                     with clock.span("validation"):
                         found = validate(state.layout)
-                    self.log.event("val", step=state.step, iterations=config.iterations, val_loss=found.loss,
-                                   val_bpb=found.bpb, train_seconds=round(elapsed, 3))
+                    log.event("val", step=state.step, iterations=iterations, val_loss=found.loss,
+                              val_bpb=found.bpb, train_seconds=round(elapsed, 3))
                 if last:
                     break
                 loss = self.update(loader.batch(state.step), state.layout, rates)
                 state.average.update()
                 state.step += 1
                 self.report(loss, began)
-        if state.step < config.iterations:
-            self.log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(), step=state.step,
-                           iterations=config.iterations)
+        if state.step < iterations:
+            log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(),
+                      step=state.step, iterations=iterations)
 
     def report(self, loss: Tensor, began: float):
-        """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names; raises ValueError when it is not finite."""
-        step, config = self.state.step, self.config
+        """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names.
+
+        Raises ValueError when it is not finite.
+        """
+        step, config, every = self.state.step, self.config, self.config.train_log_every
         self.log.progress("training", step, config.iterations, began)
-        if not config.train_log_every or not (step <= 5 or step % config.train_log_every == 0):
+        if not every or not (step <= 5 or step % every == 0):
             return
         mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
         if not math.isfinite(mean):
-            raise ValueError(f"training loss is {mean} at step {step}: diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+            raise ValueError(f"training loss is {mean} at step {step}: diverged; lower MATRIX_LR, "
+                             "TIED_EMBED_LR or SCALAR_LR")
         seconds = self.clock.training_seconds()
-        self.log.event("train", step=step, iterations=config.iterations, train_loss=mean, train_minutes=seconds / 60,
+        self.log.event("train", step=step, iterations=config.iterations, train_loss=mean,
                        tokens_per_second=step * config.train_batch_tokens / max(seconds, 1e-9),
-                       train_seconds=round(seconds, 3))
+                       train_minutes=seconds / 60, train_seconds=round(seconds, 3))
 
 
 def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
     """Return FLOPs of one token's forward pass: matrix products and causal attention."""
-    d = config.model_dim
-    layer = 2 * (2 * d * d + 2 * d * config.kv_dim + 2 * d * config.mlp_dim) + 2 * d * config.train_seq_len
-    return len(order) * layer + 2 * d * config.vocab_size
+    widths = 2 * config.model_dim + 2 * config.kv_dim + 2 * config.mlp_dim + config.train_seq_len
+    return 2 * config.model_dim * (len(order) * widths + config.vocab_size)
 
 
 def matmul_flops_per_second(device, dtype) -> float:
     """Return the rate of one large matrix product on this device, measured over about 0.2 s."""
-    size = 4096 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    done, since, sync = 0, time.perf_counter(), torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    size, sync = (4096, torch.cuda.synchronize) if device.type == "cuda" else (1024, lambda: None)
+    a, done = torch.randn(size, size, device=device, dtype=dtype), 0
     a @ a
     sync()
     since = time.perf_counter()
@@ -2424,26 +2454,29 @@ def matmul_flops_per_second(device, dtype) -> float:
 
 
 def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
-    """Return (steps, seconds a step) as expected before training; a rough guess from one matrix product.
+    """Return (steps, seconds a step) as expected before training, from one matrix product.
 
-    PR #1471's step runs at 36 % of its GPU's measured matrix rate; eager CPU steps were seen near 40 %.
+    A rough guess: PR #1471's step runs at 36 % of its GPU's measured matrix rate; eager CPU steps
+    were seen near 40 %.
     """
     share = 0.36 if runtime.device.type == "cuda" else 0.4
-    rate = share * matmul_flops_per_second(runtime.device, runtime.compute_dtype) * runtime.world_size
-    seconds = 3 * forward_flops_per_token(config, config.recurrent_order) * config.train_batch_tokens / rate
-    if not config.max_wallclock_seconds:
-        return config.iterations, seconds
-    return min(config.iterations, int(config.max_wallclock_seconds / seconds)), seconds
+    rate = share * matmul_flops_per_second(runtime.device, runtime.compute_dtype)
+    flops = 3 * forward_flops_per_token(config, config.recurrent_order) * config.train_batch_tokens
+    seconds, limit = flops / (rate * runtime.world_size), config.max_wallclock_seconds
+    return min(config.iterations, int(limit / seconds)) if limit else config.iterations, seconds
 
 
 def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int:
-    """Return the bytes one eager training forward keeps for its backward, found by tracing it without memory."""
+    """Return the bytes one eager training forward keeps for its backward.
+
+    Found by tracing it without memory.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     seen = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        seen[storage._cdata] = storage, storage.nbytes()
+        seen[storage._cdata] = storage  # held: a freed one's key could come again
         return tensor
 
     with FakeTensorMode(), torch.device(device):
@@ -2452,21 +2485,22 @@ def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.mean_loss(tokens, tokens, layouts_of(config)[1])
-    return sum(nbytes for key, (_, nbytes) in seen.items() if key not in weights)
+    return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
 
 
 def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
-    """Return the expected peak memory of training on one rank: device memory, or this process on CPU."""
-    roles = {role: sum(p.numel() for p in group) for role, group in partition(meta_model(config)).items()}
-    low, total = runtime.compute_dtype.itemsize, sum(roles.values())
-    in_dtype = low * roles[Role.EMBED] + 4 * (total - roles[Role.EMBED])
-    optimizer = 2 * low * roles[Role.EMBED] + 8 * roles[Role.CONTROL] + 4 * roles[Role.MATRIX] / runtime.world_size
-    state = 3 * in_dtype + 4 * total + optimizer  # weights, gradients, the warm-up's copy; average; moments
+    """Return the expected peak memory of training on one rank: the device's, or the process's."""
+    embeds, matrices, controls = (sum(p.numel() for p in group)
+                                  for group in partition(meta_model(config)).values())
+    low, others = runtime.compute_dtype.itemsize, matrices + controls
+    optimizer = 2 * low * embeds + 8 * controls + 4 * matrices / runtime.world_size
+    # weights, gradients, the warm-up's copy; average; moments
+    state = 3 * (low * embeds + 4 * others) + 4 * (embeds + others) + optimizer
     sequences = micro_batch_sequences(config, runtime.world_size)
     activations = saved_activation_bytes(config, sequences, runtime.device, runtime.compute_dtype)
-    logits = 4 * sequences * config.train_seq_len * config.vocab_size
-    if runtime.compiles:  # fused graphs keep about half of what eager ones do: 33.1 GiB in PR #1471's logs
+    if runtime.compiles:  # fused graphs keep about half of eager ones: 33.1 GiB in PR #1471's logs
         return int(state + 0.5 * activations)
+    logits = 4 * sequences * config.train_seq_len * config.vocab_size
     resident = resident_peak_bytes() if runtime.device.type == "cpu" else 0
     return int(resident + state + activations + 2 * logits)
 
@@ -2476,13 +2510,14 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
 HEAD_INPUT = "head"  # the final normed hidden state, which the tied table reads as output head
 
 
-def collect_stats(model: GPT, layout: Layout, batches, names: list[str]) -> tuple[dict[str, Tensor], int]:
-    """Return (sum of x xT over all tokens by observed module, tokens): the Hessians' raw sums, fp32.
+def collect_stats(model: GPT, layout: Layout, batches,
+                  names: list[str]) -> tuple[dict[str, Tensor], int]:
+    """Return (sum of x xT over all tokens by observed module, tokens): raw sums of Hessians, fp32.
 
     names: modules whose inputs are observed, or HEAD_INPUT for the final hidden state. batches:
     iterable of tokens (B, T). A layer that runs twice contributes both inputs.
     """
-    sums, tokens, handles = {}, 0, []
+    sums, tokens = {}, 0
 
     def add(name, x):
         flat = x.detach().flatten(0, -2).float()
@@ -2490,10 +2525,9 @@ def collect_stats(model: GPT, layout: Layout, batches, names: list[str]) -> tupl
             sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
         sums[name].addmm_(flat.T, flat)
 
-    for name in names:
-        if name != HEAD_INPUT:
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
-            handles.append(hook)
+    handles = [model.get_submodule(name).register_forward_pre_hook(
+                   lambda _, inputs, name=name: add(name, inputs[0]))
+               for name in names if name != HEAD_INPUT]
     try:
         with torch.no_grad():
             for tokens_BT in batches:
@@ -2508,7 +2542,7 @@ def collect_stats(model: GPT, layout: Layout, batches, names: list[str]) -> tupl
 
 
 class Calibration:
-    """Hessians of every matrix that GPTQ will quantise, from training windows, split over the ranks."""
+    """Hessians of every matrix that GPTQ will quantise, from training windows, split over ranks."""
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.model, self.config, self.runtime = model, config, runtime
@@ -2517,18 +2551,19 @@ class Calibration:
                         if (kept := [reader for reader in readers if storage[reader] == "int6"])}
         if config.embed_gptq:
             self.readers[HEAD_INPUT] = ["tok_emb.weight"]
-        self.sequences = max(1, min(config.micro_batch_tokens, config.train_batch_tokens // 8) // config.train_seq_len)
-        self.forward_seconds = 0.0
+        tokens = min(config.micro_batch_tokens, config.train_batch_tokens // 8)
+        self.sequences, self.forward_seconds = max(1, tokens // config.train_seq_len), 0.0
 
     def shares(self) -> list[tuple[int, int]]:
         """Return (position in the training order, count) of each forward of this rank."""
-        config, runtime = self.config, self.runtime
-        first_only = config.hessian_ranks == "first"
+        size, total = self.sequences, self.config.calibration_windows
+        first_only = self.config.hessian_ranks == "first"
         # PR #1471: rank 0's eighth of each of the first training batches; else consecutive windows
-        apart = config.step_windows if first_only else self.sequences
-        starts = range(0, -(-config.calibration_windows // self.sequences))
-        shares = [(i * apart, min(self.sequences, config.calibration_windows - i * self.sequences)) for i in starts]
-        return shares[runtime.rank::runtime.world_size] if not first_only else shares * (runtime.rank == 0)
+        apart = self.config.step_windows if first_only else size
+        shares = [(i * apart, min(size, total - i * size)) for i in range(-(-total // size))]
+        if first_only:
+            return shares if self.runtime.rank == 0 else []
+        return shares[self.runtime.rank::self.runtime.world_size]
 
     def forwards(self) -> int:
         """Return the most forwards any rank makes."""
@@ -2545,33 +2580,30 @@ class Calibration:
         return self.forward_seconds
 
     def reserve_seconds(self) -> float:
-        """Return the training time to keep for calibration: as measured, a fifth and a quarter second more."""
-        return max(self.config.gptq_reserve_seconds, 1.2 * self.forwards() * self.forward_seconds + 0.25)
+        """Return the training time to keep: as measured, a fifth and a quarter second more."""
+        measured = 1.2 * self.forwards() * self.forward_seconds + 0.25
+        return max(self.config.gptq_reserve_seconds, measured)
 
     def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
         """Return mean Hessians by observed module, within what the wallclock limit leaves."""
         shares, planned, sums, tokens = self.shares(), self.forwards(), {}, 0
         limit = self.config.max_wallclock_seconds
+        for name, readers in self.readers.items():
+            columns = self.model.get_parameter(readers[0]).shape[1]
+            sums[name] = torch.zeros(columns, columns, device=self.runtime.device)
         for done in range(planned):
             spent = self.runtime.agree(clock.training_seconds())
             if limit and done and spent + 1.2 * self.forward_seconds > limit:
                 log.event("calibration_short", done=done, planned=planned)
                 break
             if done < len(shares):
-                windows = loader.read(*shares[done])
-                found, count = collect_stats(self.model, layout, [windows[:, :-1]], list(self.readers))
+                windows = loader.read(*shares[done])[:, :-1]
+                found, count = collect_stats(self.model, layout, [windows], list(self.readers))
                 tokens += count
                 for name, value in found.items():
-                    sums[name] = sums[name] + value if name in sums else value
-        for name in self.readers:
-            columns = self.columns(name)
-            sums.setdefault(name, torch.zeros(columns, columns, device=self.runtime.device))
-            self.runtime.sum_(sums[name])
-        total = self.runtime.sum_(torch.tensor(float(tokens), dtype=torch.float64)).item()
-        return {name: sums[name] / total for name in self.readers}
-
-    def columns(self, name: str) -> int:
-        return self.model.get_parameter(self.readers[name][0]).shape[1]
+                    sums[name] += value
+        total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
+        return {name: self.runtime.sum_(sums[name]) / total for name in self.readers}
 
 
 # == 11b Preflight: what is checked and told before a run ========================================
@@ -2697,7 +2729,8 @@ def predict(config: Config, runtime: Runtime) -> dict:
     if config.runs("quantize"):
         total, remark = predict_artifact_bytes(config, code_bytes())
         report.update(total_bytes=total)
-        parts.append(f"code + artifact about {total} of {config.artifact_max_bytes} bytes: {remark}")
+        cap = config.artifact_max_bytes
+        parts.append(f"code + artifact about {total} of {cap} bytes: {remark}")
     return dict(report, text_report="; ".join(parts))
 
 
@@ -2944,8 +2977,8 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout]:
     plain, recurrent = layouts_of(config)
     order = tuple(header["order"])
     if order not in (plain.order, recurrent.order):
-        raise ContainerError(f"{source}: layer order {order} is not one its settings give; make the "
-                             "file again")
+        raise ContainerError(f"{source}: layer order {order} is not one its settings give; make "
+                             "the file again")
     return session, model, recurrent if order == recurrent.order else plain
 
 
