@@ -1150,7 +1150,7 @@ def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.n
     """
     if processor.piece_to_id("▁") == processor.unk_id():
         raise ValueError("tokenizer: '▁' is not a piece of its own, so a space would count as "
-                         "3 bytes; use one of the challenge's tokenizers or train one with that piece")
+                         "3 bytes; use one of the challenge's, or train one with that piece")
     piece_bytes, leading = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
     boundary = np.ones(vocab_size, bool)
     for i in range(min(processor.vocab_size(), vocab_size)):
@@ -1241,8 +1241,9 @@ def data_faults(config: Config) -> list[str]:
     if not faults and config.runs("train"):
         text = ShardSet(shards["train"], config.train_seq_len)
         if not text.num_windows:
-            faults.append(f"DATA_PATH={folder}: {text.num_tokens} training tokens are less than one "
-                          f"window of TRAIN_SEQ_LEN={config.train_seq_len}; lower it or bring more text")
+            faults.append(f"DATA_PATH={folder}: {text.num_tokens} training tokens are less than "
+                          f"one window of TRAIN_SEQ_LEN={config.train_seq_len}; lower it or bring "
+                          "more text")
     return faults
 
 
