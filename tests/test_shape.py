@@ -19,11 +19,12 @@ SOURCE = SCRIPT.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 
-ROOMS = ["Imports", "Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Quantize",
-         "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
+ROOMS = ["Imports", "Config", "Settings", "Runtime", "Data", "Kernels", "Model", "Optimizer",
+         "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
 # Room -> rooms whose names it may use. Single names let through are in ONLY.
 MAY_USE = {
     "Config": {},
+    "Settings": {"Config"},
     "Runtime": {"Config"},
     "Data": {"Config", "Runtime"},
     "Kernels": {"Config", "Runtime"},
@@ -43,6 +44,7 @@ ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Preflight": {"par
 # Room -> imported names it must not touch.
 FORBIDDEN_IMPORTS = {
     "Config": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
+    "Settings": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
     "Runtime": {"nn", "F"},
     "Data": {"nn", "F", "dist", "os"},
     "Kernels": {"nn", "dist", "os", "Path"},
@@ -314,7 +316,7 @@ def test_faults_become_one_line_only_in_main():
 
 
 def test_every_knob_is_read_outside_config():
-    """A knob counts as read where a room reads `config.name`, or a Config property that does."""
+    """Reading `config.name` in another room counts, or a Config property that reads it."""
     knobs, properties = {}, {}
     config = next(n for n in TREE.body if isinstance(n, ast.ClassDef) and n.name == "Config")
     for node in config.body:
@@ -323,7 +325,8 @@ def test_every_knob_is_read_outside_config():
         elif isinstance(node, (*FUNCTIONS, ast.Assign)):  # also name = property(lambda self: …)
             names = [node.name] if isinstance(node, FUNCTIONS) else defined_names(node)
             properties.update(dict.fromkeys(names, {n.attr for n in nodes(ast.Attribute, node)}))
-    read = {n.attr for n in nodes(ast.Attribute) if room_of(n.lineno) != "Config"
+    read = {n.attr for n in nodes(ast.Attribute)
+            if room_of(n.lineno) not in ("Config", "Settings")
             and dotted(n.value).split(".")[-1] in ("config", "c", "init_config")}
     for _ in properties:  # properties may read properties
         read |= {name for prop in read & set(properties) for name in properties[prop]}
@@ -334,7 +337,7 @@ def test_every_knob_is_read_outside_config():
 def test_presets_are_known_to_config_alone():
     names = {"pr1471", "one_gpu", "demo"}
     places = [n.lineno for n in nodes(ast.Constant) if n.value in names
-              and room_of(n.lineno) != "Config"]
+              and room_of(n.lineno) not in ("Config", "Settings")]
     assert places == []
 
 
