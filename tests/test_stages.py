@@ -429,6 +429,24 @@ def test_world_size_that_does_not_divide_is_refused(tiny_env, tmp_path):
     assert str(SCRIPT) + '", line' not in done.stderr, "no traceback of the script"
 
 
+@pytest.mark.slow
+def test_a_fault_that_only_another_rank_meets_is_told(tiny_env, data_copy, tmp_path):
+    """One foreign token, deep in a shard, in a window that rank 1 of 2 reads first."""
+    path = data_copy / "shards" / "fineweb_train_000000.bin"
+    rewrite(path, lambda tokens: np.tile(tokens, 4))
+    shards = train_gpt.ShardSet(train_gpt.find_shards(path.parent, "train"), 64)
+    order = train_gpt.window_order(1337, shards.num_windows, 0, 12 * 16)
+    deep = next(window for i, window in enumerate(order.tolist())
+                if i % 16 >= 8 and 65_536 < 64 * window < len(shards.shards[0]) - 64)
+    rewrite(path, lambda tokens: np.where(np.arange(len(tokens)) == 64 * deep + 9, VOCAB_SIZE,
+                                          tokens))
+    done = run_script({**pointing_at(tiny_env, data_copy), "RUN_ID": "deep"}, tmp_path, nproc=2)
+    assert done.rc != 0
+    said = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert any(f"VOCAB_SIZE={VOCAB_SIZE}" in line for line in said), done.stderr
+    assert {p.name for p in (tmp_path / "runs" / "deep").iterdir()} == {"events.jsonl"}
+
+
 # ---- one folder, many runs -----------------------------------------------------------------
 
 
