@@ -79,11 +79,10 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
-def knob(default, note, topic, source="", *, least=None, most=None, choices=()):
-    """Declare one setting: its default, meaning with unit, topic, source, and range."""
+def knob(default, note, topic, *, least=None, most=None, choices=()):
+    """Declare one setting: its default, meaning with unit and source, topic, and range."""
     return field(default=default, metadata=dict(note=note, topic=topic, stage=TOPICS[topic],
-                                                source=source, least=least, most=most,
-                                                choices=choices))
+                                                least=least, most=most, choices=choices))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +90,7 @@ class Config:
     """All settings of a run, the same on every rank; `explicit` names those env or preset set."""
 
     explicit: frozenset = frozenset()
+    adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
     preset: str = knob("", "named set of defaults; environment settings still beat it", "run")
     stage: str = knob("all", "which part to run", "run", choices=("all", *STAGES))
@@ -108,18 +108,18 @@ class Config:
 
     iterations: int = knob(20_000, "optimizer steps at most", "schedule", least=0, most=10 ** 9)
     max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only",
-                                        "schedule", "PR #1471", least=0)
+                                        "schedule", least=0)
     train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", "schedule",
                                    least=1, most=1 << 32)
     micro_batch_tokens: int = knob(98_304, "tokens a forward on one device at most; lower it when "
                                    "memory runs out", "schedule", least=1, most=1 << 32)
     warmup_steps: int = knob(20, "steps on synthetic text before the clock starts (compilation), "
                              "undone after; 0: none", "schedule", least=0, most=10 ** 6)
-    warmdown_frac: float = knob(0.72, "share of the run over which rates fall to zero", "schedule",
-                                "PR #1445", least=0, most=1)
+    warmdown_frac: float = knob(0.72, "share of the run over which rates fall to zero; PR #1445",
+                                "schedule", least=0, most=1)
     min_lr: float = knob(0.0, "least learning-rate multiplier", "schedule", least=0, most=1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts", "schedule",
-                                 "PR #1471", least=0)
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471",
+                                 "schedule", least=0)
     recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP",
                                           "schedule", least=0, most=1)
     train_log_every: int = knob(500, "steps between training lines; 0: none", "schedule", least=0)
@@ -129,7 +129,7 @@ class Config:
                                   "schedule")
 
     tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", "optimizer", least=0)
-    matrix_lr: float = knob(0.022, "peak Muon rate", "optimizer", "PR #1445", least=0)
+    matrix_lr: float = knob(0.022, "peak Muon rate; PR #1445", "optimizer", least=0)
     scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", "optimizer", least=0)
     muon_momentum: float = knob(0.99, "Muon momentum once warm", "optimizer", least=0, most=1)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", "optimizer",
@@ -143,10 +143,10 @@ class Config:
     beta2: float = knob(0.95, "AdamW", "optimizer", least=0, most=0.9999999)
     adam_eps: float = knob(1e-8, "AdamW", "optimizer", least=0)
     grad_clip_norm: float = knob(0.3, "global L2 norm at most; 0: off", "optimizer", least=0)
-    muon_wd: float = knob(0.095, "weight decay of matrices", "optimizer", "PR #1445", least=0)
-    embed_wd: float = knob(0.095, "weight decay of embeddings", "optimizer", "PR #1445", least=0)
+    muon_wd: float = knob(0.095, "weight decay of matrices; PR #1445", "optimizer", least=0)
+    embed_wd: float = knob(0.095, "weight decay of embeddings; PR #1445", "optimizer", least=0)
     adam_wd: float = knob(0.02, "weight decay of gains, scales, gates", "optimizer", least=0)
-    ema_decay: float = knob(0.9965, "of the weight average, a step", "optimizer", "PR #1445",
+    ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", "optimizer",
                             least=0, most=0.9999999)
 
     gptq_calibration_batches: int = knob(64, "batches of TRAIN_BATCH_TOKENS/8 in total, all ranks",
@@ -157,47 +157,46 @@ class Config:
                               "calibration", choices=("all", "first"))
 
     seed: int = knob(1337, "initial weights and data order", "model", least=0, most=(1 << 63) - 1)
-    vocab_size: int = knob(8192, "token ids", "model", "PR #1394", least=2, most=65_536)
+    vocab_size: int = knob(8192, "token ids; PR #1394", "model", least=2, most=65_536)
     train_seq_len: int = knob(2048, "tokens per training window", "model", least=2, most=1 << 20)
     num_layers: int = knob(11, "physical blocks", "model", least=1, most=1024)
     model_dim: int = knob(512, "residual width", "model", least=2, most=65_536)
-    embedding_dim: int | None = knob(None, "only MODEL_DIM is built; auto follows it", "model")
     num_heads: int = knob(8, "query heads", "model", least=1, most=4096)
     num_kv_heads: int = knob(4, "key/value heads", "model", least=1, most=4096)
     mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", "model", least=0.01, most=256)
-    xsa_last_n: int = knob(11, "last layers whose heads drop their own value's direction", "model",
-                           "PR #287", least=0, most=1024)
+    xsa_last_n: int = knob(11, "last layers whose heads drop their own value's direction; PR #287",
+                           "model", least=0, most=1024)
     skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding", "model")
     skip_to_lanes: bool = knob(True, "skips after the lanes split reach the attention "
-                               "lane; 0: lost (PR #1471)", "model", "PR #1395")
-    ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1)", "model", "PR #315")
-    ve_enabled: bool = knob(True, "add value embeddings to V", "model", "PR #414")
+                               "lane; 0: lost (PR #1471); PR #1395", "model")
+    ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315", "model")
+    ve_enabled: bool = knob(True, "add value embeddings to V; PR #414", "model")
     ve_dim: int = knob(128, "value-embedding width", "model", least=1, most=65_536)
     ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding", "model")
     logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", "model", least=1e-3)
-    qk_gain_init: float = knob(5.0, "initial gain per query head", "model", "PR #1445")
+    qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445", "model")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", "model", least=1)
-    rope_dims: int = knob(16, "rotated dimensions a head; 0: all", "model", "PR #315", least=0)
+    rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", "model", least=0)
     tied_embed_init_std: float = knob(0.005, "std of the initial embedding", "model", least=0)
     recur_layers: tuple[int, ...] = knob((3, 4, 5), "layers run once more, as a block, after the "
-                                         "last of them", "model", "PR #1471")
+                                         "last of them; PR #1471", "model")
     virtual_order: tuple[int, ...] = knob((), "layer order once recurrence is on; beats "
                                           "RECUR_LAYERS", "model")
-    parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none",
-                                     "model", "PR #1471", least=0, most=1024)
+    parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none; "
+                                     "PR #1471", "model", least=0, most=1024)
 
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest", "quantization")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471)",
-                            "quantization", "PR #1394")
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394",
+                            "quantization")
     sdclip_k: float | None = knob(None, "int6 clip radius in row stds; auto: 12.85 times what "
-                                  "fills the cap", "quantization", "PR #1394", least=0.01)
+                                  "fills the cap; PR #1394", "quantization", least=0.01)
     sdclip_k_embed: float | None = knob(None, "int8 clip radius of embeddings; auto: 20 times the "
-                                        "same", "quantization", "PR #1394", least=0.01)
+                                        "same; PR #1394", "quantization", least=0.01)
     scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", "quantization", least=0)
     scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", "quantization",
                                     least=0)
-    fp16_max_numel: int = knob(65_536, "matrices of at most so many elements are stored as fp16",
-                               "quantization", "PR #1471", least=0)
+    fp16_max_numel: int = knob(65_536, "matrices of at most so many elements are stored as fp16; "
+                               "PR #1471", "quantization", least=0)
     control_dtype: str = knob("float32", "storage of gains, scales, gates (PR #1471: float16)",
                               "quantization", choices=("float32", "float16"))
     compressor: str = knob("brotli", "coder of the artifact", "quantization",
@@ -214,11 +213,6 @@ class Config:
                             "published", "evaluation")
     val_batch_tokens: int = knob(524_288, "eight times the tokens of one evaluation forward",
                                  "evaluation", least=1, most=1 << 32)
-
-    def __post_init__(self):
-        faults = config_faults(self)
-        if faults:
-            raise ConfigError(faults)
 
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
@@ -307,6 +301,7 @@ NEUTRAL = dict(pair.split("=") for pair in """
     MIXED_BITWIDTH=0 PREQUANT_TTT=0 PREQUANT_TTT_LR=0.0001 PREQUANT_TTT_EPOCHS=3 TTT_OPTIMIZER=sgd
     TTT_NESTEROV=0 TTT_LR_FLOOR=0.1 TTT_TEMPERATURE=1 NGRAM_ENABLED=0 GPTQ_FULL_HESSIAN=1
     SKIP_QUANTIZE=0 SKIP_COMPILE=0 TTT_MAX_DOCS=0 TTT_MIN_DOC_LEN=32 TTT_RANK=8 TTT_CHUNK_SIZE=256
+    EMBEDDING_DIM=512
     """.split())
 
 
@@ -328,7 +323,14 @@ def config_faults(config: Config) -> list[str]:
             faults.append(f"{name.upper()}={value}: must be one of {', '.join(meta['choices'])}")
         if len(faults) > before:  # so that the combinations can be judged all the same
             object.__setattr__(in_range, name, f.default)
-    return faults + combination_faults(in_range)
+    if config.runs("train") or config.adopted:  # else the input file's settings are still to come
+        faults += combination_faults(in_range)
+    if config.input_path and config.stage not in ("quantize", "evaluate"):
+        faults.append(f"INPUT_PATH={config.input_path}: has a meaning only with STAGE=quantize or "
+                      "STAGE=evaluate")
+    if not re.fullmatch(r"(?!\.)[\w.-]*", config.run_id):
+        faults.append(f"RUN_ID={config.run_id}: names a folder: use letters, digits, '_', '-', '.'")
+    return faults
 
 
 def combination_faults(c: Config) -> list[str]:
@@ -347,7 +349,6 @@ def combination_faults(c: Config) -> list[str]:
          "must be even and at most the head width MODEL_DIM / NUM_HEADS"),
         (c.eval_seq_len <= c.train_seq_len or (c.rope_dims or c.head_dim) > 2, "eval_seq_len",
          "longer than TRAIN_SEQ_LEN needs ROPE_DIMS above 2"),
-        (c.embedding_dim in (None, c.model_dim), "embedding_dim", "not built; unset it"),
         (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
         (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
          f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
@@ -364,10 +365,6 @@ def combination_faults(c: Config) -> list[str]:
          "must be different layers below NUM_LAYERS"),
         (not limit or c.gptq_reserve_seconds < limit, "gptq_reserve_seconds",
          "must be less than MAX_WALLCLOCK_SECONDS"),
-        (not c.input_path or c.stage in ("quantize", "evaluate"), "input_path",
-         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
-        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
-         "names a folder: use letters, digits, '_', '-' and '.'"),
     ]
     return [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
             for holds, name, rule in rules if not holds]
@@ -463,10 +460,8 @@ def load_config(env) -> Config:
                 values[name] = parse_setting(env[name.upper()], f.type)
             except ValueError as error:
                 faults.append(f"{name.upper()}={env[name.upper()]}: must be {error}")
-    try:
-        config = Config(explicit=frozenset(values), **values)
-    except ConfigError as error:
-        faults += error.faults
+    config = Config(explicit=frozenset(values), **values)
+    faults += config_faults(config)
     if faults:
         raise ConfigError(faults)
     return config
@@ -488,12 +483,11 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
                           f"{show_value(value)}; unset it")
         elif earlier or name not in config.explicit:
             values[name] = value
+    config = dataclasses.replace(config, adopted=True, **values)
+    faults = sorted(faults) or [f"{origin}: {fault}" for fault in config_faults(config)]
     if faults:
-        raise ConfigError(sorted(faults))
-    try:
-        return dataclasses.replace(config, **values)
-    except ConfigError as error:
-        raise ConfigError([f"{origin}: {fault}" for fault in error.faults]) from None
+        raise ConfigError(faults)
+    return config
 
 
 def stored_settings(header: dict, origin: Path) -> dict:
@@ -554,8 +548,8 @@ def help_text() -> str:
         lines.append(f"\n{topic}")
         for name, f in KNOBS.items():
             if f.metadata["topic"] == topic:
-                extra = [" | ".join(f.metadata["choices"]), f.metadata["source"]]
-                extra = "".join(f" [{part}]" for part in extra if part)
+                choices = " | ".join(f.metadata["choices"])
+                extra = f" [{choices}]" if choices else ""
                 lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
                              f"      {f.metadata['note']}{extra}")
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
@@ -674,6 +668,11 @@ class Runtime:
                     threads=torch.get_num_threads(), python=platform.python_version(),
                     torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
+
+
+def is_main_rank(env) -> bool:
+    """Return whether this process is rank 0, also before (or without) a Runtime."""
+    return int(env.get("RANK", 0)) == 0
 
 
 def resident_peak_bytes() -> int:
@@ -1108,6 +1107,11 @@ class ShardSet:
         return digest.hexdigest()
 
 
+def even_split(count: int, most: int) -> int:
+    """Return the largest divisor of `count` that is at most `most` (at least 1)."""
+    return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
+
+
 class Loader:
     """This rank's share of every step's windows; reads one step ahead on a thread."""
 
@@ -1237,6 +1241,11 @@ def data_faults(config: Config) -> list[str]:
     if not all(shards[split] for split in splits):
         faults.append(GET_DATA)
     faults = faults or tokenizer_faults(config)
+    if not faults and sentencepiece is not None:
+        try:
+            load_validation(config)
+        except ValueError as error:
+            faults.append(str(error))
     if not faults and config.runs("train"):
         text = ShardSet(shards["train"], config.train_seq_len)
         if not text.num_windows:
@@ -1351,12 +1360,15 @@ def choose_attention(config: Config, runtime: Runtime):
         name, function = ("sdpa", attention_sdpa) if asked == "auto" else ("math", attention_math)
         return name, function, anywhere, attention_error(function, anywhere, *trial)
     every, reason = ("fa3", "cudnn", "flash", "math"), "it needs a CUDA device"
+    install_fa3 = ("pip install flash_attn_3 --find-links "
+                   "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
+    if asked == "fa3":
+        reason += f" and FlashAttention-3: {install_fa3}"
     names, fallback = (every, ("math",)) if asked == "auto" else ((asked,), ())
     for name in names if cuda else ():
         flash = find_fa3() if name == "fa3" and dtype == torch.bfloat16 else None
         if name == "fa3" and flash is None:
-            reason = ("FlashAttention-3 is not installed; pip install flash_attn_3 --find-links "
-                      "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
+            reason = f"FlashAttention-3 is not installed: {install_fa3}"
             continue
         function = fa3_attention(flash) if flash else attention_sdpa
         try:
@@ -1867,9 +1879,9 @@ class Average:
         for dtype, flat in self.bank.weights.items():
             self.shadow[dtype].lerp_(flat.float(), 1 - self.decay)
 
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the averaged weights by parameter name, fp32."""
-        return {name: self.bank.view(self.shadow, p) for name, p in model.named_parameters()}
+    def of(self, p: nn.Parameter) -> Tensor:
+        """Return the average of one parameter, fp32."""
+        return self.bank.view(self.shadow, p)
 
     @torch.no_grad()
     def apply(self):
@@ -2082,6 +2094,19 @@ def quant_specs(config: Config) -> dict[str, QuantSpec]:
     gptq_embed = config.gptq_enabled and config.embed_gptq
     return {"int6": QuantSpec(INT6_MAX_CODE, k, config.scale_floor, config.gptq_enabled),
             "int8": QuantSpec(INT8_MAX_CODE, k_embed, config.scale_floor_embed, gptq_embed)}
+
+
+def hessians_by_reader(means: dict[str, Tensor], readers: dict[str, list[str]],
+                       weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return each weight's Hessian (C, C) from those of the inputs that weights read.
+
+    The value-embedding table reaches the model through its projection P: its Hessian is P^T P.
+    """
+    hessians = {name: means[observed] for observed, names in readers.items() for name in names}
+    if "ve.proj.weight" in weights:
+        projection = weights["ve.proj.weight"]
+        hessians["ve.table.weight"] = projection.T @ projection
+    return hessians
 
 
 class Quantizer:
@@ -2310,11 +2335,6 @@ def micro_batch_sequences(config: Config, world_size: int) -> int:
     """Return windows per forward on one rank: its share split evenly within MICRO_BATCH_TOKENS."""
     share = config.step_windows // world_size
     return even_split(share, config.micro_batch_tokens // config.train_seq_len)
-
-
-def even_split(count: int, most: int) -> int:
-    """Return the largest divisor of `count` that is at most `most` (at least 1)."""
-    return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
 
 
 @dataclass
@@ -2835,8 +2855,9 @@ def train_stage(session: Session) -> dict:
                   tokenizer_sha256=file_sha256(config.tokenizer_file),
                   train_sha256=shards.fingerprint())
     with clock.span("write"):
+        averaged = {name: state.average.of(p) for name, p in state.model.named_parameters()}
         size = runtime.first(write_tensors, session.files.weights, dict(header, kind="weights"),
-                             state.average.state(state.model))
+                             averaged)
         log.event("weights", bytes=size)
         log.event("code_size", bytes=code_bytes())
     if calibration:
@@ -2935,11 +2956,7 @@ def quantize_files(session: Session) -> dict:
     hessians = {}
     if config.gptq_enabled:
         stats, means = read_tensors(source.with_name(files.stats.name), "stats")
-        hessians = {reader: means[name] for name, readers in stats["readers"].items()
-                    for reader in readers}
-        if "ve.proj.weight" in weights:  # a table row reaches the model through the projection
-            projection = weights["ve.proj.weight"]
-            hessians["ve.table.weight"] = projection.T @ projection
+        hessians = hessians_by_reader(means, stats["readers"], weights)
     quantizer = Quantizer(weights, hessians, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
@@ -3102,7 +3119,7 @@ def main(argv: list[str], env) -> int:
             raise  # not the user's mistake: a traceback is what helps
         faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, when "
                   f"scoring, VAL_BATCH_TOKENS. {str(error).splitlines()[0] if str(error) else ''}"]
-    if int(env.get("RANK", 0)) == 0:
+    if is_main_rank(env):
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
     return 1
 
