@@ -365,6 +365,30 @@ def test_micro_batches_do_not_change_the_loss_curve(tiny_run, tiny_env, tmp_path
                                                          rel=2e-4)
 
 
+@pytest.mark.parametrize("micro_tokens", [1024, 512, 64])
+def test_micro_batches_do_not_change_the_gradient(tiny_env, micro_tokens):
+    """Clipping and both optimizers forgive a gradient of another length, so it is looked at."""
+    config = train_gpt.load_config({**tiny_env, "MICRO_BATCH_TOKENS": str(micro_tokens),
+                                    "GRAD_CLIP_NORM": "0"})
+    runtime = train_gpt.Runtime({}, config)
+    layout = train_gpt.layouts_of(config)[1]
+    model = train_gpt.GPT(config)
+    model.init_weights(3)
+    with torch.no_grad():  # the zero starts would hide most of the network
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(4)), alpha=0.02)
+    windows = torch.randint(VOCAB_SIZE, (16, 65), generator=torch.Generator().manual_seed(5))
+    whole = model.mean_loss(windows[:, :-1], windows[:, 1:], layout)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    optimizers = train_gpt.Optimizers(model, config, runtime)
+    state = train_gpt.TrainState(model, optimizers, None, layout)
+    trainer = train_gpt.Trainer(state, config, runtime, None, None)
+    loss = trainer.update(windows, layout, train_gpt.schedule(config, 0, 0.0))
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-7)
+
+
 def test_two_ranks_train_like_one(tiny_run, two_ranks):
     """Half a batch on each of two ranks is the batch that one rank sees."""
     assert train_losses(two_ranks) == pytest.approx(train_losses(tiny_run), rel=2e-4)
