@@ -1167,7 +1167,7 @@ def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.n
 
 @dataclass(frozen=True)
 class Validation:
-    """Validation text as it is scored: tokens (N + 1,) int64, bytes of each target (N,) int64."""
+    """Validation text as it is scored: tokens (N + 1,) and bytes of each target (N,), uint16."""
 
     tokens: np.ndarray
     target_bytes: np.ndarray
@@ -1199,20 +1199,21 @@ def load_validation(config: Config) -> Validation:
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
     piece_bytes, leading, boundary = byte_table(load_tokenizer(config.tokenizer_file), vocab_size)
     before, after = tokens[:-1], tokens[1:]
+    piece_bytes = piece_bytes.astype(np.uint16)  # 40 million targets on every rank: keep it small
     target_bytes = by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
     if sidecars := find_shards(folder, "val_bytes"):
         sidecar = np.concatenate([open_shard(path) for path in sidecars])
         if len(sidecar) != len(tokens):
             raise ValueError(f"{folder}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
                              "validation tokens; remove it or build it again")
-        target_bytes = sidecar[1:].astype(np.int64)
+        target_bytes = sidecar[1:]
     everything = len(after)
     legacy = everything - everything % config.eval_seq_len
     kept = everything if config.score_tail else legacy
     if not target_bytes[:kept].sum():
         raise ValueError(f"{folder}: {everything} validation targets leave nothing to score with "
                          f"EVAL_SEQ_LEN={config.eval_seq_len} SCORE_TAIL={int(config.score_tail)}")
-    return Validation(tokens[:kept + 1].astype(np.int64), target_bytes[:kept],
+    return Validation(tokens[:kept + 1], target_bytes[:kept],
                       int(by_table[:kept].sum()), "sidecar" if sidecars else "table", everything,
                       legacy, hashlib.sha256(tokens.tobytes()).hexdigest())
 
@@ -2301,8 +2302,9 @@ def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank
             where = some[:, None] + np.arange(seq_len)
             inside, where = where < num_targets, np.minimum(where, num_targets - 1)
             scored, counted = where[:, first:], inside[:, first:]
-            yield WindowBatch(np.where(inside, text.tokens[where], 0), text.tokens[scored + 1],
-                              counted, int(text.target_bytes[scored][counted].sum()))
+            inputs, targets = np.where(inside, text.tokens[where], 0), text.tokens[scored + 1]
+            yield WindowBatch(inputs.astype(np.int64), targets.astype(np.int64), counted,
+                              int(text.target_bytes[scored][counted].sum()))
 
 
 def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime,
