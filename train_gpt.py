@@ -72,10 +72,13 @@ ARTIFACT_TOPICS = ("model", "quantization", "evaluation")
 
 
 class ConfigError(ValueError):
-    """One or more settings or input files are wrong; `faults` holds one line for each."""
+    """One or more settings or input files are wrong; `faults` holds one line for each.
 
-    def __init__(self, faults: list[str]):
-        self.faults = list(faults)
+    shared: every rank raises the same, so that rank 0 alone need tell.
+    """
+
+    def __init__(self, faults: list[str], shared: bool = False):
+        self.faults, self.shared = list(faults), shared
         super().__init__("\n".join(self.faults))
 
 
@@ -463,7 +466,7 @@ def load_config(env) -> Config:
     config = Config(explicit=frozenset(values), **values)
     faults += config_faults(config)
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, shared=True)
     return config
 
 
@@ -486,7 +489,7 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     config = dataclasses.replace(config, adopted=True, **values)
     faults = sorted(faults) or [f"{origin}: {fault}" for fault in config_faults(config)]
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, shared=True)
     return config
 
 
@@ -526,6 +529,12 @@ def notices(config: Config, env) -> list[str]:
                 lines.append(f"{name.upper()}: acts in STAGE={stage}; kept in this run's files")
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
                 lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
+    idle = {"HESSIAN_RANKS GPTQ_CALIBRATION_BATCHES EMBED_GPTQ": config.gptq_enabled,
+            "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
+            "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
+            "VE_DIM VE_LAYERS": config.ve_enabled}
+    lines += [f"{name}: without effect in this configuration" for names, acts in idle.items()
+              for name in names.split() if name in env and not acts]
     for loser, winner in (("RECUR_START_STEP", "recur_start_frac"),
                           ("RECUR_LAYERS", "virtual_order"),
                           ("MUON_MOMENTUM_WARMUP_STEPS", "muon_momentum_warmup_frac")):
@@ -645,7 +654,7 @@ class Runtime:
             return function(*args)
         result, fault = self.share(attempt() if self.is_main else None)
         if fault is not None:
-            raise ConfigError([fault])
+            raise ConfigError([fault], shared=True)
         return result
 
     def close(self):
@@ -657,6 +666,13 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         return (resident_peak_bytes() >> 20,) * 2
+
+    def notices(self) -> list[str]:
+        """Return what this machine has that the run cannot use."""
+        if self.device.type == "cuda" and self.compute_dtype == torch.float32:
+            return ["this GPU has no bf16: computing in fp32, slowly"]
+        apple = self.device.type == "cpu" and torch.backends.mps.is_available()
+        return ["Apple GPU not used: computing on the CPU in fp32"] if apple else []
 
     def describe(self) -> dict:
         """Return hardware and versions, for the log."""
@@ -826,6 +842,7 @@ EVENTS = {
     "sliding": "final_int6_sliding_window " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
     "verdict": "verdict: {rule} {outcome} ({value:g} of {limit:g} {unit})",
+    "failed": "failed: {error}",
     "result": "RESULT {text_json}",
 }
 
@@ -1021,7 +1038,9 @@ def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tens
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
-            "  python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80")
+            "  hf download kevclark/parameter-golf --repo-type dataset --local-dir data --include "
+            "'datasets/*/fineweb10B_sp8192/*' 'datasets/tokenizers/*' && DATA_DIR=data/datasets "
+            "python train_gpt.py  (pip install huggingface_hub)")
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1880,10 +1899,6 @@ class Average:
         for dtype, flat in self.bank.weights.items():
             self.shadow[dtype].lerp_(flat.float(), 1 - self.decay)
 
-    def of(self, p: nn.Parameter) -> Tensor:
-        """Return the average of one parameter, fp32."""
-        return self.bank.view(self.shadow, p)
-
     @torch.no_grad()
     def apply(self):
         """Put the averaged weights into the model."""
@@ -2104,8 +2119,8 @@ def hessians_by_reader(means: dict[str, Tensor], readers: dict[str, list[str]],
     The value-embedding table reaches the model through its projection P: its Hessian is P^T P.
     """
     hessians = {name: means[observed] for observed, names in readers.items() for name in names}
-    if "ve.proj.weight" in weights:
-        projection = weights["ve.proj.weight"]
+    if "ve.table.weight" in weights:
+        projection = weights.get("ve.proj.weight", torch.eye(weights["ve.table.weight"].shape[1]))
         hessians["ve.table.weight"] = projection.T @ projection
     return hessians
 
@@ -2429,11 +2444,13 @@ class Trainer:
                 elapsed = pacer.elapsed(clock.training_seconds())
                 progress = (elapsed if budget_seconds else state.step) / whole
                 rates = schedule(config, state.step, progress)
-                if rates.recurrent and state.layout != self.recurrent_layout:
-                    state.layout = self.recurrent_layout
-                    pacer.expect(self.step_seconds.get(state.layout, 0.0))
-                    log.event("recurrence", step=state.step, order=list(state.layout.order))
+                switches = rates.recurrent and state.layout != self.recurrent_layout
+                if switches:
+                    pacer.expect(self.step_seconds.get(self.recurrent_layout, 0.0))
                 last = state.step >= iterations or not pacer.fits()
+                if switches and not last:  # else the score would be of an order never trained
+                    state.layout = self.recurrent_layout
+                    log.event("recurrence", step=state.step, order=list(state.layout.order))
                 if last or (every and state.step % every == 0):
                     with clock.span("validation"):
                         found = validate(state.layout)
@@ -2444,18 +2461,18 @@ class Trainer:
                 loss = self.update(loader.batch(state.step), state.layout, rates)
                 state.average.update()
                 state.step += 1
-                self.report(loss, began)
+                log.progress("training", round(1000 * progress), 1000, began)
+                self.report(loss)
         if state.step < iterations:
             log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(),
                       step=state.step, iterations=iterations)
 
-    def report(self, loss: Tensor, began: float):
+    def report(self, loss: Tensor):
         """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names.
 
         Raises ValueError when it is not finite.
         """
         step, config, every = self.state.step, self.config, self.config.train_log_every
-        self.log.progress("training", step, config.iterations, began)
         if not every or not (step <= 5 or step % every == 0):
             return
         mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
@@ -2501,10 +2518,10 @@ def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
     return min(config.iterations, int(limit / seconds)) if limit else config.iterations, seconds
 
 
-def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int:
+def saved_activation_bytes(config: Config, sequences: int, dtype) -> int:
     """Return the bytes one eager training forward keeps for its backward.
 
-    Found by tracing it without memory.
+    Found by tracing it without memory, as on a CPU whatever the device.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     seen = {}
@@ -2514,7 +2531,7 @@ def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int
         seen[storage._cdata] = storage  # held: a freed one's key could come again
         return tensor
 
-    with FakeTensorMode(), torch.device(device):
+    with FakeTensorMode(), torch.device("cpu"):
         model = GPT(config, dtype=dtype)
         tokens = torch.zeros(sequences, config.train_seq_len, dtype=torch.int64)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -2524,7 +2541,10 @@ def saved_activation_bytes(config: Config, sequences: int, device, dtype) -> int
 
 
 def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
-    """Return the expected peak memory of training on one rank: the device's, or the process's."""
+    """Return the expected peak memory of training on one rank: the device's, or the process's.
+
+    0 where it cannot be told.
+    """
     embeds, matrices, controls = (sum(p.numel() for p in group)
                                   for group in partition(meta_model(config)).values())
     low, others = runtime.compute_dtype.itemsize, matrices + controls
@@ -2532,7 +2552,10 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
     # weights, gradients, the warm-up's copy; average; moments
     state = 3 * (low * embeds + 4 * others) + 4 * (embeds + others) + optimizer
     sequences = micro_batch_sequences(config, runtime.world_size)
-    activations = saved_activation_bytes(config, sequences, runtime.device, runtime.compute_dtype)
+    try:
+        activations = saved_activation_bytes(config, sequences, runtime.compute_dtype)
+    except Exception:  # tracing leans on torch's internals, and a forecast must not end a run
+        return 0
     if runtime.compiles:  # fused graphs keep about half of eager ones: 33.1 GiB in PR #1471's logs
         return int(state + 0.5 * activations)
     # eager: the backward's own temporaries and the allocator add 40 %, as the demo shows on a CPU
@@ -2808,7 +2831,7 @@ def log_head(session: Session, env, report: dict):
                if getattr(config, name) != KNOBS[name].default}
     text = " ".join(f"{name.upper()}={value}" for name, value in changed.items())
     log.event("overrides", text_values=text or "none", values=changed)
-    for line in notices(config, env):
+    for line in notices(config, env) + runtime.notices():
         log.event("notice", text=line)
     log.event("preflight", **report)
 
@@ -2857,7 +2880,8 @@ def train_stage(session: Session) -> dict:
                   tokenizer_sha256=file_sha256(config.tokenizer_file),
                   train_sha256=shards.fingerprint())
     with clock.span("write"):
-        averaged = {name: state.average.of(p) for name, p in state.model.named_parameters()}
+        # as the model holds them: embeddings rounded to its dtype, as scored and as calibrated
+        averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
         size = runtime.first(write_tensors, session.files.weights, dict(header, kind="weights"),
                              averaged)
         log.event("weights", bytes=size)
@@ -2960,10 +2984,13 @@ def quantize_files(session: Session) -> dict:
         stats, means = read_tensors(source.with_name(files.stats.name), "stats")
         hessians = hessians_by_reader(means, stats["readers"], weights)
     quantizer = Quantizer(weights, hessians, config, session.runtime.device)
+    storage, specs = quantizer.storage, quantizer.specs
+    if missing := [name for name in quantizer.rounded_names if specs[storage[name]].gptq]:
+        raise ConfigError([f"{source}: its statistics lack {', '.join(missing[:3])}: they are made "
+                           "with another EMBED_GPTQ or FP16_MAX_NUMEL; use those or calibrate"])
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
-    log.event("quantized", gptq=len(quantizer.gptq_names), rounded=sum(
-        quantizer.storage[name] == "int6" for name in quantizer.rounded_names))
+    log.event("quantized", gptq=len(quantizer.gptq_names), rounded=0)
     head = dict(kind="artifact", config=artifact_config(config), order=header["order"],
                 tokenizer_sha256=header["tokenizer_sha256"], train_sha256=header["train_sha256"])
     limit = config.artifact_max_bytes - code_bytes()
@@ -3064,7 +3091,7 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
     files = RunFiles(config.run_id or tag)
     first = files.stage_input(config)
-    if first and first[0].is_file():
+    if runtime.share(bool(first and first[0].is_file())):  # rank 0's disk holds the files
         header = runtime.first(lambda: read_tensors(*first)[0])
         config = adopt(config, header, config.stage, first[0])
     config = dataclasses.replace(config, run_id=files.run_id)
@@ -3073,7 +3100,7 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     if check and runtime.is_main:
         print("\n".join(["check: " + report["text_report"], *notices(config, env)]))
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(faults, shared=True)
     return config, runtime, files, report
 
 
@@ -3093,9 +3120,13 @@ def run(env, check: bool):
         log_head(session, env, report)
         log.event("attention", backend=name, max_error=error)
         facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed)
-        for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
-            if config.runs(stage):
-                facts.update(function(session))
+        try:
+            for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
+                if config.runs(stage):
+                    facts.update(function(session))
+        except BaseException as error:
+            log.event("failed", console=False, error=f"{type(error).__name__}: {error}")
+            raise
         close_run(session, facts)
     runtime.close()
 
@@ -3112,16 +3143,16 @@ def main(argv: list[str], env) -> int:
     try:
         run(env, check="--check" in argv)
         return 0
-    except ConfigError as error:
-        faults = error.faults
     except (ValueError, OSError) as error:
-        faults = [str(error)]
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+        faults, shared = getattr(error, "faults", [str(error)]), getattr(error, "shared", False)
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
             raise  # not the user's mistake: a traceback is what helps
+        shared, detail = False, str(error).split("\n")[0]
         faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, when "
-                  f"scoring, VAL_BATCH_TOKENS. {str(error).splitlines()[0] if str(error) else ''}"]
-    if is_main_rank(env):
+                  f"scoring, VAL_BATCH_TOKENS. {detail}"]
+    if not shared or is_main_rank(env):
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
     return 1
 

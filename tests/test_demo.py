@@ -66,8 +66,9 @@ def demo(clone):
     """The finished run of README's demo command."""
     if os.name == "nt":
         pytest.skip("README's commands are for a POSIX shell")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     outcome = finish(["bash", "-euo", "pipefail", "-c", readme_block("demo command")], clone,
-                     unthreaded_env(clone))
+                     unthreaded_env(clone, PATH=path))
     assert outcome.rc == 0, outcome.stderr
     return TinyRun(clone, outcome.result["run_id"], outcome)
 

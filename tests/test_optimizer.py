@@ -38,7 +38,7 @@ from train_gpt import (
 
 def averaged(average, model):
     """Return the averaged weights by parameter name."""
-    return {name: average.of(p) for name, p in model.named_parameters()}
+    return {name: average.bank.view(average.shadow, p) for name, p in model.named_parameters()}
 
 
 def test_every_parameter_has_one_owner():
