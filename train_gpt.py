@@ -409,8 +409,15 @@ def slips(a: str, b: str) -> int:
     return rows[-1][-1]
 
 
+# First words that no other program's variables have: an unknown name with one is meant for us.
+FAMILIES = set("MUON WARMDOWN RECUR GPTQ SDCLIP XSA ROPE EMA QK VE TTT SLOT LAWA SWA QAT".split())
+
+
 def misspelt(name: str, known) -> str | None:
-    """Return the known setting that an environment variable's name is a slip of, or None."""
+    """Return the known setting that an environment variable's name is a slip of, or None.
+
+    A longer or shorter form (WARMDOWN_FRACTION) and a wrong member of a family (MUON_LR) count.
+    """
     plain = name.upper().replace("-", "_")
     near = []
     for other in known:
@@ -419,6 +426,10 @@ def misspelt(name: str, known) -> str | None:
             near.append((0, other))
         elif abs(len(plain) - len(other)) <= allowed and (far := slips(plain, other)) <= allowed:
             near.append((far, other))
+        elif plain[:len(other)] == other[:len(plain)] and min(len(plain), len(other)) >= 8:
+            near.append((3, other))
+        elif "_" in plain and plain.split("_")[0] == other.split("_")[0] in FAMILIES:
+            near.append((4 + slips(plain, other), other))
     return min(near)[1] if near else None
 
 

@@ -486,3 +486,15 @@ def test_help_names_every_setting_with_its_default_and_meaning():
         assert field.metadata["note"] in text, name
     for name in [*train_gpt.WITHOUT_EFFECT, *train_gpt.NEUTRAL, *PRESETS]:
         assert name in text, name
+
+
+@pytest.mark.parametrize("name, meant", [("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
+                                         ("TRAIN_BATCH", "TRAIN_BATCH_TOKENS"),
+                                         ("MUON_LR", "MUON_WD"), ("RECUR_START", "RECUR_START_")])
+def test_other_forms_of_a_setting_are_refused(name, meant):
+    assert f"did you mean {meant}" in fault_of({name: "1"})
+
+
+@pytest.mark.parametrize("name", ["TRAINER", "MODEL_HOME", "DATA", "NUM_PROC", "VE", "GPTQ"])
+def test_names_of_other_programs_pass(name):
+    load_config({name: "1"})
