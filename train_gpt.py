@@ -570,7 +570,8 @@ def help_text() -> str:
             if f.metadata["topic"] == topic:
                 choices = " | ".join(f.metadata["choices"])
                 extra = f" [{choices}]" if choices else ""
-                lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
+                kind = re.sub(r"tuple\[(\w+), ...\]", r"\1 list", f.type).replace("None", "auto")
+                lines.append(f"  {name.upper()} = {show_value(f.default)}   ({kind})\n"
                              f"      {f.metadata['note']}{extra}")
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
     for name, values in PRESETS.items():
