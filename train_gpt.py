@@ -571,8 +571,8 @@ def help_text() -> str:
                 choices = " | ".join(f.metadata["choices"])
                 extra = f" [{choices}]" if choices else ""
                 kind = re.sub(r"tuple\[(\w+), ...\]", r"\1 list", f.type).replace("None", "auto")
-                lines.append(f"  {name.upper()} = {show_value(f.default)}   ({kind})\n"
-                             f"      {f.metadata['note']}{extra}")
+                lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
+                             f"      {kind}: {f.metadata['note']}{extra}")
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
     for name, values in PRESETS.items():
         settings = " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items())

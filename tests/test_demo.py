@@ -35,7 +35,7 @@ def readme_block(marker):
 def unthreaded_env(cwd, **changes):
     """Return the environment of a plain terminal: unlike the tiny runs, all cores are used."""
     env = {k: v for k, v in base_env(cwd).items() if k != "OMP_NUM_THREADS"}
-    return {**env, **changes}
+    return {**env, "HOME": str(cwd.parent), **changes}  # pip's cache stays out of the clone
 
 
 def finish(command, cwd, env) -> Outcome:
