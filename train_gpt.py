@@ -82,10 +82,13 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
-def knob(default, note, topic, *, least=None, most=None, choices=()):
-    """Declare one setting: its default, meaning with unit and source, topic, and range."""
-    return field(default=default, metadata=dict(note=note, topic=topic, stage=TOPICS[topic],
-                                                least=least, most=most, choices=choices))
+def topic(name: str):
+    """Return the declarer of one topic's settings."""
+    def knob(default, note, least=None, most=None, choices=()):
+        """Declare one setting: its default, meaning with unit and source, and range."""
+        return field(default=default, metadata=dict(note=note, topic=name, stage=TOPICS[name],
+                                                    least=least, most=most, choices=choices))
+    return knob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,127 +98,106 @@ class Config:
     explicit: frozenset = frozenset()
     adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
-    preset: str = knob("", "named set of defaults; environment settings still beat it", "run")
-    stage: str = knob("all", "which part to run", "run", choices=("all", *STAGES))
-    run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag", "run")
-    input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads", "run")
-    device: str = knob("auto", "where to compute", "run", choices=("auto", "cuda", "cpu"))
-    compile_enabled: bool | None = knob(None, "torch.compile; auto: on CUDA only", "run")
-    attention_backend: str = knob("auto", "auto tries fa3, cudnn, flash, math in this order", "run",
+    knob = topic("run")
+    preset: str = knob("", "named set of defaults; environment settings still beat it")
+    stage: str = knob("all", "which part to run", choices=("all", *STAGES))
+    run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag")
+    input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads")
+    device: str = knob("auto", "where to compute", choices=("auto", "cuda", "cpu"))
+    compile_enabled: bool | None = knob(None, "torch.compile; auto: on CUDA only")
+    attention_backend: str = knob("auto", "auto: the first that works",
                                   choices=("auto", "fa3", "cudnn", "flash", "math"))
-    allow_env: tuple[str, ...] = knob((), "names that look like misspelt settings, are not", "run")
+    allow_env: tuple[str, ...] = knob((), "names that look like misspelt settings, are not")
 
-    data_dir: str = knob("./data/", "holds datasets/fineweb10B_sp{V} and tokenizers/", "data")
-    data_path: str = knob("", "shard folder; beats DATA_DIR", "data")
-    tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR", "data")
+    knob = topic("data")
+    data_dir: str = knob("./data/", "holds datasets/fineweb10B_sp{V} and tokenizers/")
+    data_path: str = knob("", "shard folder; beats DATA_DIR")
+    tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR")
 
-    iterations: int = knob(20_000, "optimizer steps at most", "schedule", least=0, most=10 ** 9)
-    max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only",
-                                        "schedule", least=0)
-    train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", "schedule",
-                                   least=1, most=1 << 32)
-    micro_batch_tokens: int = knob(98_304, "tokens a forward on one device at most; lower it when "
-                                   "memory runs out", "schedule", least=1, most=1 << 32)
-    warmup_steps: int = knob(20, "steps on synthetic text before the clock starts (compilation), "
-                             "undone after; 0: none", "schedule", least=0, most=10 ** 6)
-    warmdown_frac: float = knob(0.72, "share of the run over which rates fall to zero; PR #1445",
-                                "schedule", least=0, most=1)
-    min_lr: float = knob(0.0, "least learning-rate multiplier", "schedule", least=0, most=1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471",
-                                 "schedule", least=0)
-    recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP",
-                                          "schedule", least=0, most=1)
-    train_log_every: int = knob(500, "steps between training lines; 0: none", "schedule", least=0)
-    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end",
-                               "schedule", least=0)
-    prequant_sliding: bool = knob(False, "score the averaged weights by sliding window too",
-                                  "schedule")
+    knob = topic("schedule")
+    iterations: int = knob(20_000, "optimizer steps at most", 0, 10 ** 9)
+    max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only", 0)
+    train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", 1, 1 << 32)
+    micro_batch_tokens: int = knob(98_304, "tokens a forward; lower it for memory", 1, 1 << 32)
+    warmup_steps: int = knob(20, "compiling steps before the clock, undone; 0: none", 0, 10 ** 6)
+    warmdown_frac: float = knob(0.72, "last share of the run: rates fall to 0; PR #1445", 0, 1)
+    min_lr: float = knob(0.0, "least learning-rate multiplier", 0, 1)
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0)
+    recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP", 0, 1)
+    train_log_every: int = knob(500, "steps between training lines; 0: none", 0)
+    val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end", 0)
+    prequant_sliding: bool = knob(False, "score the averaged weights by sliding window too")
 
-    tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", "optimizer", least=0)
-    matrix_lr: float = knob(0.022, "peak Muon rate; PR #1445", "optimizer", least=0)
-    scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", "optimizer", least=0)
-    muon_momentum: float = knob(0.99, "Muon momentum once warm", "optimizer", least=0, most=1)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", "optimizer",
-                                             least=0, most=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", "optimizer",
-                                           least=0)
-    muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps",
-                                                   "optimizer", least=0, most=1)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", "optimizer", least=1, most=100)
-    beta1: float = knob(0.9, "AdamW", "optimizer", least=0, most=0.9999999)
-    beta2: float = knob(0.95, "AdamW", "optimizer", least=0, most=0.9999999)
-    adam_eps: float = knob(1e-8, "AdamW", "optimizer", least=0)
-    grad_clip_norm: float = knob(0.3, "global L2 norm at most; 0: off", "optimizer", least=0)
-    muon_wd: float = knob(0.095, "weight decay of matrices; PR #1445", "optimizer", least=0)
-    embed_wd: float = knob(0.095, "weight decay of embeddings; PR #1445", "optimizer", least=0)
-    adam_wd: float = knob(0.02, "weight decay of gains, scales, gates", "optimizer", least=0)
-    ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", "optimizer",
-                            least=0, most=0.9999999)
+    knob = topic("optimizer")
+    tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", 0)
+    matrix_lr: float = knob(0.022, "peak Muon rate; PR #1445", 0)
+    scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", 0)
+    muon_momentum: float = knob(0.99, "Muon momentum once warm", 0, 1)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0)
+    muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps", 0, 1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 100)
+    beta1: float = knob(0.9, "AdamW", 0, 0.9999999)
+    beta2: float = knob(0.95, "AdamW", 0, 0.9999999)
+    adam_eps: float = knob(1e-8, "AdamW", 0)
+    grad_clip_norm: float = knob(0.3, "global L2 norm at most; 0: off", 0)
+    muon_wd: float = knob(0.095, "weight decay of matrices; PR #1445", 0)
+    embed_wd: float = knob(0.095, "weight decay of embeddings; PR #1445", 0)
+    adam_wd: float = knob(0.02, "weight decay of gains, scales, gates", 0)
+    ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", 0, 0.9999999)
 
-    gptq_calibration_batches: int = knob(64, "batches of TRAIN_BATCH_TOKENS/8 in total, all ranks",
-                                         "calibration", least=1, most=10 ** 6)
-    gptq_reserve_seconds: float = knob(0.0, "least time kept for calibration; warm-up may measure "
-                                       "more", "calibration", least=0)
+    knob = topic("calibration")
+    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
+    gptq_reserve_seconds: float = knob(0.0, "least time to calibrate; if 0 as measured", 0)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
-                              "calibration", choices=("all", "first"))
+                              choices=("all", "first"))
 
-    seed: int = knob(1337, "initial weights and data order", "model", least=0, most=(1 << 63) - 1)
-    vocab_size: int = knob(8192, "token ids; PR #1394", "model", least=2, most=65_536)
-    train_seq_len: int = knob(2048, "tokens per training window", "model", least=2, most=1 << 20)
-    num_layers: int = knob(11, "physical blocks", "model", least=1, most=1024)
-    model_dim: int = knob(512, "residual width", "model", least=2, most=65_536)
-    num_heads: int = knob(8, "query heads", "model", least=1, most=4096)
-    num_kv_heads: int = knob(4, "key/value heads", "model", least=1, most=4096)
-    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", "model", least=0.01, most=256)
-    xsa_last_n: int = knob(11, "last layers whose heads drop their own value's direction; PR #287",
-                           "model", least=0, most=1024)
-    skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding", "model")
-    skip_to_lanes: bool = knob(True, "skips after the lanes split reach the attention "
-                               "lane; 0: lost (PR #1471); PR #1395", "model")
-    ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315", "model")
-    ve_enabled: bool = knob(True, "add value embeddings to V; PR #414", "model")
-    ve_dim: int = knob(128, "value-embedding width", "model", least=1, most=65_536)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding", "model")
-    logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", "model", least=1e-3)
-    qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445", "model")
-    rope_base: float = knob(10_000.0, "base of the rotary frequencies", "model", least=1)
-    rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", "model", least=0)
-    tied_embed_init_std: float = knob(0.005, "std of the initial embedding", "model", least=0)
-    recur_layers: tuple[int, ...] = knob((3, 4, 5), "layers run once more, as a block, after the "
-                                         "last of them; PR #1471", "model")
-    virtual_order: tuple[int, ...] = knob((), "layer order once recurrence is on; beats "
-                                          "RECUR_LAYERS", "model")
-    parallel_start_layer: int = knob(7, "decoder layers from here run as two lanes; 0: none; "
-                                     "PR #1471", "model", least=0, most=1024)
+    knob = topic("model")
+    seed: int = knob(1337, "initial weights and data order", 0, (1 << 63) - 1)
+    vocab_size: int = knob(8192, "token ids; PR #1394", 2, 65_536)
+    train_seq_len: int = knob(2048, "tokens per training window", 2, 1 << 20)
+    num_layers: int = knob(11, "physical blocks", 1, 1024)
+    model_dim: int = knob(512, "residual width", 2, 65_536)
+    num_heads: int = knob(8, "query heads", 1, 4096)
+    num_kv_heads: int = knob(4, "key/value heads", 1, 4096)
+    mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", 0.01, 256)
+    xsa_last_n: int = knob(11, "last layers whose heads drop their own value; PR #287", 0, 1024)
+    skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding")
+    skip_to_lanes: bool = knob(True, "skips reach the attention lane; PR #1395 (0: #1471)")
+    ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315")
+    ve_enabled: bool = knob(True, "add value embeddings to V; PR #414")
+    ve_dim: int = knob(128, "value-embedding width", 1, 65_536)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding")
+    logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", 1e-3)
+    qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445")
+    rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", 0)
+    tied_embed_init_std: float = knob(0.005, "std of the initial embedding", 0)
+    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471")
+    virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
+    parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
-    gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest", "quantization")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394",
-                            "quantization")
-    sdclip_k: float | None = knob(None, "int6 clip radius in row stds; auto: 12.85 times what "
-                                  "fills the cap; PR #1394", "quantization", least=0.01)
-    sdclip_k_embed: float | None = knob(None, "int8 clip radius of embeddings; auto: 20 times the "
-                                        "same; PR #1394", "quantization", least=0.01)
-    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", "quantization", least=0)
-    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", "quantization",
-                                    least=0)
-    fp16_max_numel: int = knob(65_536, "matrices of at most so many elements are stored as fp16; "
-                               "PR #1471", "quantization", least=0)
+    knob = topic("quantization")
+    gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
+    sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
+    sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
+    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
+    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0)
+    fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
     control_dtype: str = knob("float32", "storage of gains, scales, gates (PR #1471: float16)",
-                              "quantization", choices=("float32", "float16"))
-    compressor: str = knob("brotli", "coder of the artifact", "quantization",
-                           choices=("brotli", "lzma"))
-    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", "quantization",
-                                   least=1, most=1 << 40)
+                              choices=("float32", "float16"))
+    compressor: str = knob("brotli", "coder of the artifact", choices=("brotli", "lzma"))
+    artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", 1, 1 << 40)
 
-    eval_seq_len: int = knob(2048, "tokens per evaluation window", "evaluation",
-                             least=2, most=1 << 20)
-    sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip",
-                                        "evaluation")
-    eval_stride: int = knob(64, "tokens scored per sliding window", "evaluation", least=1)
-    score_tail: bool = knob(True, "score the tokens after the last whole window; 0: drop them as "
-                            "published", "evaluation")
-    val_batch_tokens: int = knob(524_288, "eight times the tokens of one evaluation forward",
-                                 "evaluation", least=1, most=1 << 32)
+    knob = topic("evaluation")
+    eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
+    sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
+    eval_stride: int = knob(64, "tokens scored per sliding window", 1)
+    score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
+    val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
+
+    del knob
 
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
