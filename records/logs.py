@@ -1,0 +1,500 @@
+"""Read what a training run left behind: a text log, an events.jsonl, or the run's folder.
+
+`read_run` understands our own runs and the published logs that `log_forms` lists, whole,
+truncated or interleaved. A number that the log does not state is None and named in `missing`;
+nothing is guessed, and lines that contradict each other count as no statement at all.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from log_forms import SCORE_KINDS, Event, LineReader
+from product import script
+
+CAP_BYTES = 16_000_000
+MAX_LINE_BYTES, MAX_SOURCE_BYTES = 1 << 20, 4 << 20
+SCORES = ("prequant", "prequant_sliding", *SCORE_KINDS.values())
+RULER = b"=" * 100  # what published scripts print around their own source
+# Events of which a run has one; two that differ are a contradiction.
+SINGLE = {*SCORES, "settings", "data", "val_data", "val_counts", "parameters", "reserve", "weights",
+          "recurrence", "stopping_early", "peak_memory", "code_size", "collected", "artifact",
+          "total_size", "ledger", "result"}
+
+
+class LogError(ValueError):
+    """A log that cannot be read at all; the message names the file, the fault and the remedy."""
+
+
+class TrainPoint(NamedTuple):
+    """One logged step. train_ms: the training clock at its end; tokens: of all ranks so far."""
+
+    step: int
+    train_loss: float | None
+    train_ms: float | None
+    lr_multiplier: float | None
+    grad_norm: float | None
+    tokens: int | None
+
+
+class ValPoint(NamedTuple):
+    """One validation of the live weights."""
+
+    step: int
+    val_loss: float | None
+    val_bpb: float | None
+    train_ms: float | None
+    tokens: int | None
+
+
+class Score(NamedTuple):
+    """A final score: loss in nats per token, bpb, and what it was taken over where logged."""
+
+    loss: float | None
+    bpb: float | None
+    eval_ms: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the artifact, the code and both; `cap` is the limit the run was given."""
+
+    artifact: int | None = None
+    code: int | None = None
+    total: int | None = None
+    cap: int = CAP_BYTES
+
+    @property
+    def margin(self) -> int | None:
+        return None if self.total is None else self.cap - self.total
+
+
+@dataclass
+class Run:
+    """What a log says about one run. Settings are text, written as one would type them."""
+
+    path: Path
+    form: str  # "events" or "text"
+    system: str  # "ours", "#1471 family", "#1392", "#1090", "baseline family" or "unknown"
+    run_id: str | None = None
+    seed: int | None = None
+    config: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
+    source_sha256: str | None = None
+    parameters: int | None = None
+    # train_shards, train_sha256, val_tokens, val_bytes, val_sha256: those that the log states
+    data: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] | None = None
+    train: list[TrainPoint] = field(default_factory=list)
+    validations: list[ValPoint] = field(default_factory=list)
+    recurrence_step: int | None = None
+    steps: int | None = None
+    train_ms: float | None = None  # the steps alone
+    calibration_seconds: float | None = None  # on training text only: it counts as training
+    scores: dict[str, Score] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
+    ledger: dict[str, float] | None = None
+    peak_memory_mib: int | None = None
+    verdicts: dict[str, str] = field(default_factory=dict)
+    events: dict[str, Event] = field(default_factory=dict)  # the last of each kind, as logged
+    complete: bool = False
+    missing: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def bpb(self, kind: str) -> float | None:
+        return self.scores[kind].bpb if kind in self.scores else None
+
+    @property
+    def final(self) -> str | None:
+        """Name of the score that the run is submitted with, or None."""
+        found = [kind for kind in ("ttt", "sliding", "roundtrip") if self.bpb(kind) is not None]
+        return found[0] if found else None
+
+    @property
+    def batch_tokens(self) -> int | None:
+        text = self.config.get("train_batch_tokens", "")
+        return int(text) if text.isdigit() else None
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting as one would type it; what different logs print for it becomes equal."""
+    value = {"True": True, "False": False, "None": None}.get(value, value) \
+        if isinstance(value, str) else value
+    text = script().show_value(tuple(value) if isinstance(value, list) else value)
+    try:
+        return f"{float(text):.15g}"  # 600, 600.0 and 600.000 are one value
+    except (ValueError, OverflowError):
+        return text
+
+
+def known(fields: Event | None, name: str) -> Any:
+    """Return a finite number of an event, or None."""
+    value = (fields or {}).get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def whole(fields: Event | None, name: str) -> int | None:
+    value = known(fields, name)
+    return int(value) if value is not None and value == int(value) else None
+
+
+def same(old: Any, new: Any) -> bool:
+    """Return whether two statements agree; losses are printed with 4 digits or with 8."""
+    if isinstance(old, float) and isinstance(new, float):
+        digits = min(len(repr(value).partition(".")[2]) for value in (old, new))
+        return abs(old - new) <= (5.1e-5 if digits <= 4 else 5.1e-9)
+    return old == new
+
+
+@dataclass
+class Session:
+    """The events of one start of a script, series by step."""
+
+    last: dict[str, Event] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    train: dict[int, Event] = field(default_factory=dict)
+    validations: dict[int, Event] = field(default_factory=dict)
+    verdicts: dict[str, str] = field(default_factory=dict)
+    contradictions: dict[str, str] = field(default_factory=dict)  # what -> both statements
+
+    @property
+    def began(self) -> bool:
+        return bool(self.train or self.validations or {"artifact", "result"} & self.last.keys())
+
+    @property
+    def trains(self) -> bool:
+        return self.settings.get("stage", "all") in ("all", "train")
+
+    def add(self, event: Event) -> None:
+        kind = event["event"]
+        if kind in ("train", "val"):
+            self.add_point(self.train if kind == "train" else self.validations, event)
+        elif kind == "verdict":
+            self.verdicts[str(event.get("rule"))] = str(event.get("outcome"))
+        elif kind in ("settings", "config"):
+            texts = {name: setting_text(value) for name, value in event.items() if name != "event"}
+            self.merge("setting", self.settings, texts)
+        elif kind in SINGLE and kind in self.last:
+            old = self.last[kind]
+            labels = [str(e.get("name") or e.get("compressor") or "") for e in (old, event)]
+            if labels[0] == labels[1]:
+                self.merge(kind, old, event)
+            elif not labels[1].startswith("int8"):  # an older or secondary form beside another
+                self.last[kind] = event
+        else:
+            self.last[kind] = event
+
+    def add_point(self, points: dict[int, Event], event: Event) -> None:
+        step, name = whole(event, "step"), f"{event['event']}_loss"
+        if step is None:
+            return
+        first = points.setdefault(step, event)
+        if not same(first.get(name), event.get(name)):
+            self.contradictions.setdefault(f"{name} at step {step}",
+                                           f"{first.get(name)} and {event.get(name)}")
+            points[step] = {**first, name: None, "val_bpb": None}
+
+    def merge(self, what: str, old: dict, new: dict) -> None:
+        """Put a second statement into the first; what they disagree on becomes None."""
+        for name, value in new.items():
+            if name not in old or same(old[name], value):
+                digits = len(repr(value)) - len(repr(old.get(name)))
+                old[name] = value if digits > 0 or name not in old else old[name]
+            else:
+                self.contradictions.setdefault(f"{what} {name}", f"{old[name]} and {value}")
+                old[name] = None
+
+
+class SourceText:
+    """Collects the lines before the first step, to find the program's own text among them."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.found: dict[int, str] = {}  # bytes of a text -> its sha256
+        self.size = 0
+
+    def feed(self, raw: bytes) -> None:
+        if raw.rstrip() == RULER:
+            self.cut()
+        elif self.size < MAX_SOURCE_BYTES:
+            self.lines.append(raw)
+            self.size += len(raw)
+
+    def cut(self) -> None:
+        """End a text here: note its length and hash (the line's own newline left out)."""
+        text = b"".join(self.lines)[:-1]
+        self.found[len(text)] = hashlib.sha256(text).hexdigest()
+        self.lines, self.size = [], 0
+
+
+class Collector:
+    """Sorts events into sessions and turns them into a Run."""
+
+    def __init__(self) -> None:
+        self.sessions, self.texts = [Session()], SourceText()
+        self.warnings: list[str] = []
+
+    def add(self, event: Event) -> None:
+        kind = event["event"]
+        if kind in ("source", "environment", "config", "warmup_step") and self.sessions[-1].began:
+            self.sessions.append(Session())
+        self.sessions[-1].add(event)
+
+    def whole_session(self) -> Session:
+        """Return the last training with the later stages that were logged behind it."""
+        kept = self.sessions[0]
+        for later in self.sessions[1:]:
+            if later.trains:
+                self.warnings.append("the file holds several runs; this is the last one")
+                kept = later
+            else:
+                kept = Session({**kept.last, **later.last}, {**later.settings, **kept.settings},
+                               kept.train, kept.validations, {**kept.verdicts, **later.verdicts},
+                               {**kept.contradictions, **later.contradictions})
+        return kept
+
+    def run(self, path: Path, form: str, system: str) -> Run:
+        """Return everything as one Run; raises LogError when no event was of any use."""
+        session, run = self.whole_session(), Run(path, form, system)
+        fill_identity(run, session)
+        fill_series(run, session)
+        fill_scores(run, session)
+        if run.source_sha256 is None and run.sizes.code is not None:
+            # a text as long as the logged code is that code; nothing less shows it to be whole
+            run.source_sha256 = self.texts.found.get(run.sizes.code)
+        run.warnings += self.warnings
+        run.warnings += [f"{what}: the log says both {said}: lines of several ranks or runs are "
+                         "mixed" for what, said in list(session.contradictions.items())[:5]]
+        run.missing = missing_of(run)
+        return run
+
+
+
+def fill_identity(run: Run, session: Session) -> None:
+    """Who ran what on which data and machine."""
+    last, result = session.last, session.last.get("result", {})
+    run.config = {name: text for name, text in session.settings.items() if text is not None}
+    run.overrides = dict(last.get("overrides", {}).get("values") or {})
+    seed = run.config.get("seed", "")
+    run.seed = int(seed) if seed.lstrip("-").isdigit() else whole(result, "seed")
+    run.run_id = run.config.get("run_id") or result.get("run_id")
+    run.source_sha256 = last.get("source", {}).get("sha256")
+    run.parameters = whole(last.get("parameters"), "count")
+    run.environment = fields_of(last.get("environment"))
+    train, text = last.get("data", {}), last.get("val_counts", {})
+    stated = dict(train_shards=train.get("train_shards", run.config.get("train_shards")),
+                  train_tokens=train.get("tokens"), train_sha256=train.get("sha256"),
+                  val_tokens=text.get("scored_tokens",
+                                      last.get("val_data", {}).get("scored_tokens")),
+                  val_bytes=text.get("scored_bytes"), val_sha256=text.get("sha256"))
+    run.data = {name: value for name, value in stated.items() if value is not None}
+    run.events = last
+    run.peak_memory_mib = whole(last.get("peak_memory"), "allocated_mib")
+    run.verdicts = session.verdicts
+
+
+def fields_of(event: Event | None) -> dict[str, Any] | None:
+    """Return an event without its name."""
+    return {name: v for name, v in event.items() if name != "event"} if event else None
+
+
+def fill_series(run: Run, session: Session) -> None:
+    """Steps, validations, where recurrence starts, and what training took."""
+    batch, last = run.batch_tokens, session.last
+    stop, result = last.get("stopping_early"), last.get("result", {})
+    ledger = result.get("ledger_seconds") or fields_of(last.get("ledger"))
+    for step, event in sorted(session.train.items()):
+        run.train.append(TrainPoint(
+            step, known(event, "train_loss"), train_ms_of(event, batch),
+            known(event, "lr_multiplier"), known(event, "grad_norm"),
+            step * batch if batch else None))
+    run.steps = whole(stop, "step") or whole(result, "steps")
+    reached = max([*session.train, *session.validations], default=0)
+    iterations = {whole(e, "iterations") for e in session.validations.values()}
+    if run.steps is None and reached in iterations:
+        run.steps = reached
+    run.ledger = {name: value for name in ledger
+                  if (value := known(ledger, name)) is not None} \
+        if isinstance(ledger, dict) else None
+    run.train_ms = known(stop, "train_time_ms")
+    if run.ledger and "train" in run.ledger and run.train_ms is None:
+        run.train_ms = 1000 * run.ledger["train"]
+    times = {0: 0.0, **{point.step: point.train_ms for point in run.train}}
+    if run.train_ms is None and run.steps:
+        run.train_ms = times.get(run.steps)
+    times.setdefault(run.steps or 0, run.train_ms)
+    for step, event in sorted(session.validations.items()):
+        ms = train_ms_of(event, batch)
+        run.validations.append(ValPoint(
+            step, known(event, "val_loss"), known(event, "val_bpb"),
+            times.get(step) if ms is None else ms, step * batch if batch else None))
+    run.recurrence_step = whole(last.get("recurrence"), "step")
+    spent = known(last.get("collected"), "seconds")
+    run.calibration_seconds = (run.ledger or {}).get("calibrate", spent)
+
+
+def train_ms_of(event: Event, batch_tokens: int | None) -> float | None:
+    """Return the training clock of a step, ms.
+
+    PR #1471's lines print minutes to one digit, but also the mean tokens a second from the start:
+    with the batch size that gives the clock to seven digits.
+    """
+    if (seconds := known(event, "train_seconds")) is not None:
+        return 1000 * seconds
+    rate = known(event, "tokens_per_second")
+    if rate and batch_tokens:
+        return 1000 * event["step"] * batch_tokens / rate
+    return known(event, "train_time_ms")
+
+
+def fill_scores(run: Run, session: Session) -> None:
+    """Scores, sizes and whether the log reached its end."""
+    last = session.last
+    for kind in SCORES:
+        event, exact = last.get(kind), known(last.get("result"), f"{kind}_bpb")
+        if event and (bpb := known(event, "val_bpb")) is not None:
+            # the result line has all digits of what the score's own line rounds
+            bpb = exact if exact is not None and same(exact, float(bpb)) else bpb
+            run.scores[kind] = Score(known(event, "val_loss"), bpb,
+                                     known(event, "eval_ms"), whole(event, "tokens"),
+                                     whole(event, "bytes"))
+    cap = run.config.get("artifact_max_bytes", "")
+    run.sizes = Sizes(whole(last.get("artifact"), "bytes"), whole(last.get("code_size"), "bytes"),
+                      whole(last.get("total_size"), "bytes"),
+                      int(cap) if cap.isdigit() else CAP_BYTES)
+    artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
+    if artifact is not None and code is not None and total not in (None, artifact + code):
+        run.warnings.append(f"total of {total} bytes is not artifact {artifact} + code {code}")
+    if "failed" in last:
+        run.warnings.append(f"the run failed: {last['failed'].get('error')}")
+    # ours ends in a result; published ones in the score of the packed model, after its size
+    ends = "result" in last if run.system == "ours" else run.sizes.total is not None
+    wanted = "roundtrip" if run.config.get("sliding_window_enabled") == "0" or \
+        run.system in ("#1090", "baseline family") else "sliding"
+    run.complete = ends and "failed" not in last and (run.system == "ours" or
+                                                      run.bpb(wanted) is not None)
+
+
+def missing_of(run: Run) -> list[str]:
+    """Name what a reader of the log would look for in vain."""
+    stated = {
+        "configuration": run.config, "seed": run.seed, "source hash": run.source_sha256,
+        "versions and hardware": run.environment, "training data": run.data.get("train_shards"),
+        "validation tokens": run.data.get("val_tokens"),
+        "validation fingerprint": run.data.get("val_sha256"),
+        "training steps": run.steps, "training time": run.train_ms, "loss by step": run.train,
+        "validations": run.validations, "pre-quantisation score": run.bpb("prequant"),
+        "round-trip score": run.bpb("roundtrip"), "sliding score": run.bpb("sliding"),
+        "artifact bytes": run.sizes.artifact, "code bytes": run.sizes.code,
+        "total bytes": run.sizes.total, "peak memory": run.peak_memory_mib,
+        "time ledger": run.ledger}
+    return [name for name, value in stated.items() if value is None or value in ({}, [])]
+
+
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield lines; of one longer than MAX_LINE_BYTES nothing (no log line is that long)."""
+    continued = False
+    while line := file.readline(MAX_LINE_BYTES):
+        ended = line.endswith(b"\n")
+        if not continued and (ended or len(line) < MAX_LINE_BYTES):
+            yield line
+        continued = not ended
+
+
+def plain_lines(path: Path) -> Iterator[bytes]:
+    """Yield a file's lines as UTF-8 bytes; raises LogError when it is empty or no text."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+        if not head.strip():
+            raise LogError(f"{path}: empty; give the log of a run that was started")
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # what PowerShell's > writes
+            file.seek(0)
+            text = io.TextIOWrapper(file, encoding="utf-16", errors="replace")
+            yield from (line.encode("utf-8", "replace") for line in text)
+            return
+        if b"\0" in head:
+            raise LogError(f"{path}: no text (it holds NUL bytes); give a .txt or .log file, an "
+                           "events.jsonl, or a run's folder; UTF-16 without its mark: convert it")
+        file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+        yield from lines_of(file)
+
+
+def read_events(path: Path) -> Run:
+    """Read an events.jsonl."""
+    collector, kinds, damaged, foreign = Collector(), script().EVENTS, 0, 0
+    for raw in plain_lines(path):
+        try:
+            event = json.loads(raw)
+            kind = event["event"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += bool(raw.strip())
+            continue
+        if isinstance(kind, str) and kind in kinds:
+            collector.add(event)
+        else:
+            foreign += 1
+    if damaged:
+        collector.warnings.append(f"{damaged} lines are no JSON event; left out")
+    if foreign:
+        collector.warnings.append(f"{foreign} events are of kinds this script does not know")
+    return collector.run(path, "events", "ours")
+
+
+def read_text(path: Path) -> Run:
+    """Read a text log, published or ours."""
+    collector, reader = Collector(), LineReader()
+    for raw in plain_lines(path):
+        event = reader.read(raw)
+        if event and event["event"] == "environment":
+            collector.texts.cut()
+        elif not collector.sessions[-1].train:
+            collector.texts.feed(raw)
+        if event:
+            collector.add(event)
+    if not reader.seen:
+        raise LogError(f"{path}: none of its {reader.line_number} lines is one that a training "
+                       "run prints; give a .txt or .log file, an events.jsonl, or a run's folder")
+    if reader.spoilt:
+        collector.warnings.append(f"{reader.spoilt} damaged lines left out (the first is line "
+                                  f"{reader.first_spoilt}): truncated or interleaved writing")
+    if reader.foreign_ranks:
+        collector.warnings.append(f"{reader.foreign_ranks} lines of ranks other than 0 left out")
+    return collector.run(path, "text", reader.system)
+
+
+def find_log(path: Path) -> Path:
+    """Return the log that `path` names: itself, or the one inside a run's folder."""
+    if not path.is_dir():
+        if not path.exists():
+            raise LogError(f"{path}: no such file; give a log, an events.jsonl or a run's folder")
+        return path
+    if (events := path / "events.jsonl").is_file():
+        return events
+    found = sorted([*path.glob("*.log"), *path.glob("*.txt")])
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:4]) or "none"
+        raise LogError(f"{path}: a run's folder holds events.jsonl or one log; here: {names}")
+    return found[0]
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one run; raises LogError, with one clear line, when nothing can be read."""
+    log = find_log(Path(path))
+    try:
+        with open(log, "rb") as file:
+            is_events = log.suffix == ".jsonl" or file.read(10) == b'{"event": '
+        run = read_events(log) if is_events else read_text(log)
+    except OSError as error:
+        raise LogError(f"{log}: cannot be read ({error.strerror or error})") from error
+    if not (run.events or run.train or run.validations):
+        raise LogError(f"{log}: holds no event of a training run; give another file")
+    return run

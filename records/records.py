@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""From the logs of training runs to a submission, and pictures of what happened.
+
+    python records/records.py read logs/*.txt         what each run gave, and the rules' verdicts
+    python records/records.py compare NEW… -- OLD…    is the difference real?
+    python records/records.py COMMAND --help          one screen about each command
+"""
+
+import argparse
+import importlib
+import sys
+
+# Each command is the module of this name, with add_arguments(parser) and run(args) -> exit code.
+# It is imported only when asked for: some need torch, some matplotlib.
+COMMANDS = {
+    "read": ("read", "a table of runs: speed, scores, bytes, time, a verdict per rule"),
+    "compare": ("compare", "two groups of runs: difference, significance, settings, figure"),
+    "plot": ("plot", "a run's training in one figure"),
+    "script": ("script", "make the submission form of train_gpt.py"),
+    "pack": ("pack", "make a submission folder from seed logs"),
+    "check": ("check", "judge a submission folder rule by rule"),
+    "inspect": ("inspect_artifact", "look into a packed artifact"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; a user's mistake ends in one line and exit code 2."""
+    commands = "\n".join(f"  {name:9} {meaning}" for name, (_, meaning) in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__.strip()}\n\nCommands:\n{commands}")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"error: unknown command {argv[0]!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    name, meaning = COMMANDS[argv[0]]
+    command = importlib.import_module(name)
+    parser = argparse.ArgumentParser(
+        prog=f"records.py {argv[0]}", description=command.__doc__ or meaning,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    try:
+        return command.run(parser.parse_args(argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
