@@ -9,7 +9,7 @@ overlap, except for what normalisation discards at the document's two edges.
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -20,7 +20,7 @@ VOCAB_RANGE = (300, shards.MAX_TOKEN + 1)  # below: no room beside 256 bytes and
 
 # The recipe that the published fineweb_*_bpe.model files store about themselves, as far as it
 # departs from SentencePiece's defaults. One thread: more may break ties differently.
-RECIPE = dict(
+RECIPE: dict[str, Any] = dict(
     model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True,
     normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, pad_id=0, bos_id=BOS_ID, eos_id=2,
     unk_id=3, hard_vocab_limit=False)
@@ -108,7 +108,7 @@ def encode_batch(processor: sentencepiece.SentencePieceProcessor, texts: list[by
                  num_threads: int = 1) -> list[np.ndarray]:
     """Return the tokens of each UTF-8 text, (N,) uint16, a BOS before them."""
     # Before 0.2.2 there is no numpy output, only lists of int
-    kind = "numpy" if hasattr(processor, "EncodeAsNumpy") else int
+    kind: Any = "numpy" if hasattr(processor, "EncodeAsNumpy") else int
     found = processor.encode(texts, out_type=kind, add_bos=True, num_threads=num_threads)
     return [np.asarray(tokens, dtype=np.uint16) for tokens in found]
 
@@ -119,7 +119,8 @@ def spans_batch(processor: sentencepiece.SentencePieceProcessor, texts: list[byt
     if hasattr(processor, "EncodeAsOffsetMapping"):  # from 0.2.2 on
         mapped = processor.encode(texts, out_type="offset_mapping", num_threads=num_threads)
         return [_spans_of_offsets(found["ids"], found["offsets"]) for found in mapped]
-    protos = processor.encode(texts, out_type="immutable_proto", num_threads=num_threads)
+    kind: Any = "immutable_proto"
+    protos = processor.encode(texts, out_type=kind, num_threads=num_threads)
     return [_spans_of_proto(proto) for proto in protos]
 
 

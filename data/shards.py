@@ -5,6 +5,8 @@ number, word 1 the version and word 2 the token count N, followed by N little-en
 train_gpt.py holds its own reader and table, since a submission is one file; a test compares both.
 """
 
+import contextlib
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,52 @@ def write_atomic(path, content):
     os.replace(part, path)
 
 
+def sha256_of(path):
+    """Return the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def header_of(num_tokens):
+    """Return the header of a shard of so many tokens, bytes."""
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, num_tokens
+    return header.tobytes()
+
+
+class ShardWriter:
+    """Writes one shard piece by piece; it has another name, `path`.part, until it is finished."""
+
+    def __init__(self, path):
+        self.path, self.num_tokens = Path(path), 0
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.file = open(self.part, "wb")
+        self.file.write(header_of(0))
+
+    def add(self, tokens):
+        """Append tokens (N,) uint16."""
+        self.file.write(tokens.astype("<u2", copy=False).tobytes())
+        self.num_tokens += len(tokens)
+
+    def finish(self):
+        """Complete the header, let everything reach the disk, and give the shard its name."""
+        self.file.seek(0)
+        self.file.write(header_of(self.num_tokens))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.part, self.path)
+
+    def discard(self):
+        """Remove what was written; harmless after `finish`."""
+        with contextlib.suppress(OSError):  # a full disk refuses the last buffer
+            self.file.close()
+        self.part.unlink(missing_ok=True)
+
+
 def write_shard(path, tokens):
     """Write tokens (N,), integers 0..65535, as one shard.
 
@@ -45,9 +93,7 @@ def write_shard(path, tokens):
     if tokens.size and not (tokens.min() >= 0 and tokens.max() <= MAX_TOKEN):
         raise ValueError(f"{path}: token ids span {tokens.min()}..{tokens.max()}, must lie in "
                          f"0..{MAX_TOKEN}; use a tokenizer of at most {MAX_TOKEN + 1} pieces")
-    header = np.zeros(HEADER_WORDS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
-    write_atomic(path, header.tobytes() + tokens.astype("<u2").tobytes())
+    write_atomic(path, header_of(tokens.size) + tokens.astype("<u2").tobytes())
 
 
 def read_shard(path):
