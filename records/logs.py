@@ -64,16 +64,19 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the artifact, the code and both; `cap` is the limit the run was given."""
+    """Bytes of the artifact, the code and both; `cap` is the limit the run was given.
+
+    Published scripts state no cap: theirs is the challenge's.
+    """
 
     artifact: int | None = None
     code: int | None = None
     total: int | None = None
-    cap: int = CAP_BYTES
+    cap: int | None = None
 
     @property
     def margin(self) -> int | None:
-        return None if self.total is None else self.cap - self.total
+        return None if self.total is None or self.cap is None else self.cap - self.total
 
 
 @dataclass
@@ -367,10 +370,10 @@ def fill_scores(run: Run, session: Session) -> None:
             run.scores[kind] = Score(known(event, "val_loss"), bpb,
                                      known(event, "eval_ms"), whole(event, "tokens"),
                                      whole(event, "bytes"))
-    cap = run.config.get("artifact_max_bytes", "")
+    cap = run.config.get("artifact_max_bytes", "" if run.system == "ours" else str(CAP_BYTES))
     run.sizes = Sizes(whole(last.get("artifact"), "bytes"), whole(last.get("code_size"), "bytes"),
                       whole(last.get("total_size"), "bytes"),
-                      int(cap) if cap.isdigit() else CAP_BYTES)
+                      int(cap) if cap.isdigit() else None)
     artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
     if artifact is not None and code is not None and total not in (None, artifact + code):
         run.warnings.append(f"total of {total} bytes is not artifact {artifact} + code {code}")

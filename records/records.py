@@ -10,8 +10,8 @@ import argparse
 import importlib
 import sys
 
-# Each command is the module of this name, with add_arguments(parser) and run(args) -> exit code.
-# It is imported only when asked for: some need torch, some matplotlib.
+# Each command is a module with add_arguments(parser), run(args) -> exit code and, where argparse
+# cannot read its form, rewrite(argv) -> argv. Imported when asked for: some need matplotlib.
 COMMANDS = {
     "read": ("read", "a table of runs: speed, scores, bytes, time, a verdict per rule"),
     "compare": ("compare", "two groups of runs: difference, significance, settings, figure"),
@@ -38,8 +38,9 @@ def main(argv: list[str]) -> int:
         prog=f"records.py {argv[0]}", description=command.__doc__ or meaning,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_arguments(parser)
+    arguments = getattr(command, "rewrite", list)(argv[1:])
     try:
-        return command.run(parser.parse_args(argv[1:]))
+        return command.run(parser.parse_args(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
