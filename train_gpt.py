@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -27,9 +29,11 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -103,6 +107,9 @@ class Config:
     stage: str = knob("all", "which part to run", choices=("all", *STAGES))
     run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag")
     input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads")
+    resume: bool = knob(False, "go on with run RUN_ID where it stopped")
+    checkpoint_every_seconds: float = knob(0.0, "training time between checkpoints; 0: none", 0)
+    dist_timeout_seconds: float = knob(1800.0, "longest wait of one rank for another", 1)
     device: str = knob("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     compile_enabled: bool | None = knob(None, "torch.compile; auto: on CUDA only")
     attention_backend: str = knob("auto", "auto: the first that works",
@@ -313,6 +320,8 @@ def config_faults(config: Config) -> list[str]:
     if config.input_path and config.stage not in ("quantize", "evaluate"):
         faults.append(f"INPUT_PATH={config.input_path}: has a meaning only with STAGE=quantize or "
                       "STAGE=evaluate")
+    if config.resume and not config.run_id:
+        faults.append("RESUME=1: needs the RUN_ID of the run to go on with")
     if not re.fullmatch(r"(?!\.)[\w.-]*", config.run_id):
         faults.append(f"RUN_ID={config.run_id}: names a folder: use letters, digits, '_', '-', '.'")
     return faults
@@ -577,6 +586,7 @@ class Runtime:
     def __init__(self, env, config: Config):
         self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.is_main, self.local_rank = self.rank == 0, int(env.get("LOCAL_RANK", 0))
+        self.signals = Signals()
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
             raise ConfigError(["DEVICE=cuda: torch sees none; unset it or install a CUDA build"])
@@ -593,7 +603,7 @@ class Runtime:
         if self.world_size > 1:
             # rank 0 quantises and packs alone, minutes long, while the others wait for it
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=1))
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout_seconds))
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
@@ -601,6 +611,10 @@ class Runtime:
             return function
         torch._dynamo.config.recompile_limit = 64  # one entry per layout, grad mode and batch shape
         return torch.compile(function, dynamic=False, fullgraph=True)
+
+    def compiled_graphs(self) -> int:
+        """Return how many graphs this process has compiled so far."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.compiles else 0
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -612,12 +626,31 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def agree(self, value: float) -> float:
-        """Return the largest of all ranks' values: the same on each of them."""
-        shared = torch.tensor(value, dtype=torch.float64)
+    def scatter_sum(self, rows: Tensor):
+        """Start summing `rows` (N, …) over the ranks.
+
+        Returns a function that waits and returns this rank's N / world_size rows of the sum.
+        """
+        if self.world_size == 1:
+            return lambda: rows
+        mine = torch.empty_like(rows[:len(rows) // self.world_size])
+        work = dist.reduce_scatter_tensor(mine, rows, async_op=True)
+        return lambda: (work.wait(), mine)[1]
+
+    def gather_rows(self, mine: Tensor):
+        """Start joining all ranks' rows; returns a function that waits and returns them (N, …)."""
+        if self.world_size == 1:
+            return lambda: mine
+        rows = mine.new_empty(len(mine) * self.world_size, *mine.shape[1:])
+        work = dist.all_gather_into_tensor(rows, mine.contiguous(), async_op=True)
+        return lambda: (work.wait(), rows)[1]
+
+    def agree(self, *values: float):
+        """Return the largest of all ranks' values, the same on each of them; a list of several."""
+        shared = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return shared.item()
+        return shared.item() if len(values) == 1 else shared.tolist()
 
     def share(self, value):
         """Return rank 0's value (text, number, bytes) on every rank."""
@@ -685,6 +718,11 @@ def is_main_rank(env) -> bool:
     return int(env.get("RANK", 0)) == 0
 
 
+def contact_lost(error: Exception) -> bool:
+    """Return whether an error means that another rank died, hangs, or left."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
 def resident_peak_bytes() -> int:
     """Return the peak resident set of this process, bytes; 0 where the system does not tell."""
     try:
@@ -702,6 +740,57 @@ def process_age_seconds() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return 0.0
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT asked this run to end."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+class Signals:
+    """Ends a run in order on SIGTERM or SIGINT.
+
+    While `deferred`, the number is kept for the training loop, which saves first; otherwise
+    Interrupted is raised on the spot, since files are whole or absent. Another signal a second or
+    more after the first (a terminal and torchrun may both send one) ends the process at once.
+    """
+
+    def __init__(self):
+        self.number, self.since, self.deferred, self.before = 0, 0.0, False, {}
+
+    def handle(self, number, frame):
+        if self.number and time.monotonic() - self.since > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            if not self.deferred:
+                raise Interrupted(number)
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.handle)
+                           for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def without_gc():
+    """Keep Python's cyclic garbage collector, whose pauses reach half a second, out of a loop."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class Clock:
@@ -745,19 +834,22 @@ class Clock:
 
 
 class Pacer:
-    """Tells whether one more step still ends within the budget.
+    """Tells the training clock before each step, and whether one more step ends in the budget.
 
     The next step is taken to last as long as the longest of the last eight plus their whole
     spread, so a jittery machine keeps a wide berth and a steady one about one step. A step of
-    three times the median is a mishap, not the machine's pace, and is left out.
+    three times the median is a mishap, not the machine's pace, and is left out. Reading the clock
+    makes every rank wait for its device and for the others, so far from the end it is read about
+    every two seconds and carried forward in between, by numbers all ranks agreed on.
     """
 
     SLACK_SECONDS = 0.1  # the operating system's own hiccups, which short steps do not cover
+    CHECK_SECONDS, CHECK_STEPS = 2.0, 20
 
-    def __init__(self, budget_seconds: float, agree=lambda value: value):
-        self.budget_seconds, self.agree = budget_seconds, agree
-        self.recent, self.last_elapsed = [], 0.0  # seconds of single steps, of all so far
-        self.expected = 0.0
+    def __init__(self, budget_seconds: float, elapsed_seconds: float = 0.0):
+        self.budget_seconds, self.expected = budget_seconds, 0.0
+        self.recent = []  # seconds of a step, at the last eight readings
+        self.last_elapsed, self.steps_since, self.next_reading = elapsed_seconds, 0, 0
 
     def expect(self, step_seconds: float):
         """Steps now last about `step_seconds` (from warm-up; 0: unknown); their jitter stays."""
@@ -765,18 +857,36 @@ class Pacer:
             self.recent = [seconds * step_seconds / self.expected for seconds in self.recent]
         elif step_seconds:
             self.recent = [step_seconds]
-        self.expected = step_seconds or self.expected
+        self.expected, self.next_reading = step_seconds or self.expected, 0
 
-    def elapsed(self, seconds: float) -> float:
-        """Return all ranks' training clock; call once before each step."""
-        seconds = self.agree(seconds)
-        if seconds > self.last_elapsed:
-            self.recent = [*self.recent, seconds - self.last_elapsed][-8:]
-        self.last_elapsed = seconds
+    def elapsed(self, read) -> float:
+        """Return all ranks' training clock; call once before each step.
+
+        read() -> seconds, agreed by all ranks; called only where it is needed.
+        """
+        if self.steps_since < self.next_reading:
+            pace = sum(self.recent) / len(self.recent)
+            seconds = self.last_elapsed + self.steps_since * pace
+        else:
+            seconds, steps = read(), max(1, self.steps_since)
+            if seconds > self.last_elapsed:
+                self.recent = [*self.recent, (seconds - self.last_elapsed) / steps][-8:]
+            self.last_elapsed, self.steps_since = seconds, 0
+            self.next_reading = self.steps_to_skip()
+        self.steps_since += 1
         return seconds
 
+    def steps_to_skip(self) -> int:
+        """Return after how many steps the clock is read again."""
+        if len(self.recent) < 8:
+            return 0
+        left = self.budget_seconds - self.last_elapsed if self.budget_seconds else math.inf
+        # even steps four times as long as the longest leave the budget unspent until then
+        safe = left / (4 * max(self.recent)) - 1
+        return int(max(0, min(safe, self.CHECK_SECONDS / max(self.recent), self.CHECK_STEPS)))
+
     def fits(self) -> bool:
-        if not self.budget_seconds or not self.recent:
+        if not self.budget_seconds or not self.recent or self.next_reading:
             return True
         median = sorted(self.recent)[len(self.recent) // 2]
         usual = [seconds for seconds in self.recent if seconds < 3 * median]
@@ -812,6 +922,9 @@ EVENTS = {
     "train": "{step}/{iterations} train_loss: {train_loss:.4f} train_time: {train_minutes:.1f}m "
              "tok/s: {tokens_per_second:.0f}",
     "recurrence": "recurrence:activated at step {step}, virtual_layers={order}",
+    "checkpoint": "checkpoint: step {step} in {path}",
+    "resumed": "resumed: {text} (not record-eligible)",
+    "recompiled": "warning: {count} graphs were compiled inside the training clock",
     "stopping_early": "stopping_early: wallclock_cap train_time: {train_time_ms:.0f}ms "
                       "step: {step}/{iterations}",
     "peak_memory": "peak memory allocated: {allocated_mib} MiB reserved: {reserved_mib} MiB",
@@ -839,6 +952,8 @@ EVENTS = {
     "sliding": "final_int6_sliding_window " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
     "verdict": "verdict: {rule} {outcome} ({value:g} of {limit:g} {unit})",
+    "interrupted": "stopped by {signal}: what was finished is in {folder}; go on with RESUME=1 "
+                   "RUN_ID={run_id}",
     "failed": "failed: {error}",
     "result": "RESULT {text_json}",
 }
@@ -873,10 +988,14 @@ class Log:
         if not self.is_main:
             return
         line = EVENTS[kind].format(**fields)
-        if self.text_file:
-            public = {name: v for name, v in fields.items() if not name.startswith("text_")}
-            self.events_file.write(json.dumps(strict({"event": kind, **public})) + "\n")
-            self.text_file.write(line + "\n")
+        public = {name: v for name, v in fields.items() if not name.startswith("text_")}
+        try:
+            if self.text_file:
+                self.events_file.write(json.dumps(strict({"event": kind, **public})) + "\n")
+                self.text_file.write(line + "\n")
+        except OSError as error:  # a full disk: the run is worth more than its log
+            self.text_file = self.events_file = None
+            print(f"warning: logging to the console only: {error}", flush=True)
         if console:
             self.clear()
             print(line, flush=True)
@@ -902,6 +1021,8 @@ class Log:
             if file:
                 file.close()
 
+
+# == 2b Files: the container, written whole or not at all ==========================================
 
 # The container of weights, statistics and artifacts: magic, u32 length, zlib JSON header, one span
 # of bytes per tensor in the header's order, sha256 over all before it. No pickle.
@@ -1002,14 +1123,40 @@ def write_file(path: Path, data: bytes) -> int:
 
     Returns its size in bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written ({error.strerror}); files written before are whole: "
+                      "make room, then go on with RESUME=1 and this RUN_ID") from None
     return len(data)
+
+
+class Journal(dict):
+    """Results of finished stretches of work, kept in an append-only file across kills.
+
+    Lines of another `task` and a torn last line are ignored.
+    """
+
+    def __init__(self, path: Path, task: str):
+        self.path, self.task, lines = path, task, path.read_bytes() if path.exists() else b""
+        for line in lines.splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # torn, or not ours
+                found_task, first, last, value = json.loads(line)
+                if found_task == task:
+                    super().__setitem__((int(first), int(last)), float(value))
+
+    def __setitem__(self, span: tuple[int, int], value: float):
+        super().__setitem__(span, value)
+        with open(self.path, "ab") as file:  # a newline first: the last line may be torn
+            file.write(f"\n{json.dumps([self.task, *span, value])}\n".encode())
 
 
 def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> int:
@@ -1101,7 +1248,6 @@ class ShardSet:
 
     def __init__(self, files: list[Path], seq_len: int):
         self.shards, self.seq_len = [open_shard(path) for path in files], seq_len
-        self.names = [path.name for path in files]
         self.first = np.cumsum([0, *(max(0, len(s) - 1) // seq_len for s in self.shards)])
         self.num_windows, self.num_tokens = int(self.first[-1]), sum(map(len, self.shards))
 
@@ -1115,12 +1261,14 @@ class ShardSet:
         """Return several windows, (B, T + 1) uint16."""
         return np.stack([self.window(int(i)) for i in indices])
 
-    def fingerprint(self) -> str:
-        """Return a hash of every shard's name, length and first tokens: tells sets apart."""
-        digest = hashlib.sha256()
-        for name, shard in zip(self.names, self.shards):
-            digest.update(f"{name} {len(shard)} ".encode() + shard[:32_768].tobytes())
-        return digest.hexdigest()
+
+def fingerprint(files: list[Path]) -> str:
+    """Return a hash of every shard's name, length and first tokens: tells sets apart."""
+    digest = hashlib.sha256()
+    for path in files:
+        shard = open_shard(path)
+        digest.update(f"{path.name} {len(shard)} ".encode() + shard[:32_768].tobytes())
+    return digest.hexdigest()
 
 
 def even_split(count: int, most: int) -> int:
@@ -1148,7 +1296,10 @@ class Loader:
         if windows.max() >= self.vocab_size:
             raise ValueError(f"training shards hold token {windows.max()}, VOCAB_SIZE="
                              f"{self.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-        return torch.from_numpy(windows.astype(np.int64)).to(self.device, non_blocking=True)
+        tokens = torch.from_numpy(windows.view(np.int16))  # two bytes a token to the device
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self.device, non_blocking=True).long() & 0xFFFF
 
     def batch(self, step: int) -> Tensor:
         """Return this rank's windows of a step, (B, T + 1); rank r holds the r-th share."""
@@ -1757,29 +1908,33 @@ def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
 class Bank:
     """All parameters and gradients in one flat buffer per dtype; parameters are views into it.
 
-    Reducing, clipping and averaging then are one operation per dtype, same-shape matrices are
-    one (N, R, C) tensor, and AdamW sees one flat parameter per role. Every tensor starts at a
-    multiple of 64 elements; the gaps hold zeros.
+    Clipping and averaging then are one operation per buffer, same-shape matrices are one
+    (N, R, C) tensor, and AdamW sees one flat parameter per role. Every tensor starts at a multiple
+    of 64 elements, and N is rounded up to a multiple of `shares`; the gaps hold zeros.
     """
 
     ALIGN = 64
 
-    def __init__(self, groups: dict[Role, list[nn.Parameter]]):
-        matrices = sorted(groups[Role.MATRIX], key=lambda p: tuple(p.shape))
-        ordered = [*groups[Role.EMBED], *matrices, *groups[Role.CONTROL]]
+    def __init__(self, groups: dict[Role, list[nn.Parameter]], shares: int = 1):
+        self.shapes = {}  # of matrices -> parameters
+        for p in sorted(groups[Role.MATRIX], key=lambda p: tuple(p.shape)):
+            self.shapes.setdefault(p.shape, []).append(p)
         self.offsets, ends = {}, {}
-        for p in ordered:
-            self.offsets[p] = ends.get(p.dtype, 0)
-            ends[p.dtype] = self.offsets[p] + self.room(p)
-        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=ordered[0].device)
+        for params in (groups[Role.EMBED], *self.shapes.values(), groups[Role.CONTROL]):
+            for p in params:
+                self.offsets[p] = ends.get(p.dtype, 0)
+                ends[p.dtype] = self.offsets[p] + self.room(p)
+            if params[0].role is Role.MATRIX:
+                ends[params[0].dtype] += -len(params) % shares * self.room(params[0])
+        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=p.device)
                         for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
-        for p in ordered:
+        for p in self.offsets:
             view = self.view(self.weights, p)
             view.copy_(p.data)
             p.data, p.grad = view, self.view(self.grads, p)
-        self.matrices = [self.stack([p for p in matrices if p.shape == shape])
-                         for shape in dict.fromkeys(p.shape for p in matrices)]
+        self.matrices = [self.stack(same, -(-len(same) // shares) * shares)
+                         for same in self.shapes.values()]
         self.adam = {role: self.flat(groups[role]) for role in (Role.EMBED, Role.CONTROL)}
 
     def room(self, p: nn.Parameter) -> int:
@@ -1791,12 +1946,12 @@ class Bank:
         start = self.offsets[p]
         return buffers[p.dtype][start:start + p.numel()].view(p.shape)
 
-    def stack(self, same: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Return weights and gradients of same-shape matrices as (N, R, C) views."""
-        p = same[0]
-        size, strides = (len(same), *p.shape), (self.room(p), p.shape[1], 1)
-        return tuple(buffers[p.dtype].as_strided(size, strides, self.offsets[p])
-                     for buffers in (self.weights, self.grads))
+    def stack(self, same: list[nn.Parameter], count: int) -> tuple[Tensor, Tensor]:
+        """Return weights (N, R, C) and gradients (N, room) of same-shape matrices as views."""
+        p, room = same[0], self.room(same[0])
+        weights, grads = (buffers[p.dtype][self.offsets[p]:][:count * room].view(count, room)
+                          for buffers in (self.weights, self.grads))
+        return as_matrices(weights, p.shape), grads
 
     def flat(self, params: list[nn.Parameter]) -> nn.Parameter:
         """Return parameters that lie side by side as one flat parameter with its gradient."""
@@ -1805,6 +1960,11 @@ class Bank:
         whole = nn.Parameter(self.weights[last.dtype][span])
         whole.grad = self.grads[last.dtype][span]
         return whole
+
+
+def as_matrices(rows: Tensor, shape) -> Tensor:
+    """Return rows (N, room) as the matrices (N, R, C) they begin with."""
+    return rows[:, :math.prod(shape)].unflatten(1, tuple(shape))
 
 
 def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
@@ -1825,15 +1985,16 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
 class Optimizers:
     """Muon on the matrices, AdamW on embeddings and on control tensors, over one Bank.
 
-    Of each shape, a rank orthogonalises the matrices `mine`: number i belongs to rank i mod world
-    size. The updates are then summed.
+    Of each shape a rank owns an equal run of matrices: it alone receives their summed gradients,
+    holds their momenta and orthogonalises them; the updates are then gathered while AdamW works.
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime):
         self.config, self.runtime, self.clip_norm = config, runtime, config.grad_clip_norm
-        self.bank = Bank(partition(model))
-        self.mine = slice(runtime.rank, None, runtime.world_size)
-        self.momenta = [torch.zeros_like(grads[self.mine]) for _, grads in self.bank.matrices]
+        self.bank = Bank(partition(model), runtime.world_size)
+        self.owned = [grads for _, grads in self.bank.matrices]  # reduced gradients (N, room)
+        self.momenta = [torch.zeros(len(weights) // runtime.world_size, *weights.shape[1:],
+                                    device=weights.device) for weights, _ in self.bank.matrices]
         groups = [dict(params=[self.bank.adam[role]], lr=lr, peak_lr=lr, weight_decay=decay)
                   for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
                                           (Role.CONTROL, config.scalar_lr, config.adam_wd))]
@@ -1844,30 +2005,36 @@ class Optimizers:
         for flat in self.bank.grads.values():
             flat.zero_()
 
-    def reduce_and_clip(self):
-        """Average gradients over the ranks, then scale them to a global norm of GRAD_CLIP_NORM."""
-        flats = list(self.bank.grads.values())
-        for flat in flats:
-            self.runtime.sum_(flat).div_(self.runtime.world_size)
+    def reduce_and_clip(self) -> Tensor:
+        """Average gradients over the ranks and scale them to a global norm of GRAD_CLIP_NORM.
+
+        Returns the norm before scaling, on the device. Of the matrices, only what this rank owns.
+        """
+        started = [self.runtime.scatter_sum(grads) for _, grads in self.bank.matrices]
+        shared = [self.runtime.sum_(p.grad) for p in self.bank.adam.values()]
+        self.owned = [wait() for wait in started]
+        squares = [torch.stack([g.float().norm().square() for g in part]).sum()
+                   for part in (self.owned, shared)]
+        norm = (self.runtime.sum_(squares[0]) + squares[1]).sqrt() / self.runtime.world_size
+        factor = torch.ones_like(norm)
         if self.clip_norm:
-            norm = torch.stack([flat.float().norm() for flat in flats]).norm()
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            for flat in flats:
-                flat.mul_(factor)
+        for part in (*self.owned, *shared):
+            part.mul_(factor / self.runtime.world_size)
+        return norm
 
     @torch.no_grad()
     def step(self, rates: Rates):
         """Apply one update from the reduced gradients."""
+        lr, beta = self.config.matrix_lr * rates.lr_multiplier, rates.muon_momentum
+        started = [self.runtime.gather_rows(
+            self.muon_update(as_matrices(grads, momentum.shape[1:]), momentum, beta))
+            for grads, momentum in zip(self.owned, self.momenta)]
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * rates.lr_multiplier
         self.adamw.step()
-        lr, beta = self.config.matrix_lr * rates.lr_multiplier, rates.muon_momentum
-        for (weights, grads), momentum in zip(self.bank.matrices, self.momenta):
-            update = torch.zeros_like(weights, dtype=self.runtime.compute_dtype)
-            if len(momentum):
-                update[self.mine] = self.muon_update(grads[self.mine], momentum, beta)
-            self.runtime.sum_(update)
-            weights.mul_(1 - lr * self.config.muon_wd).add_(update, alpha=-lr)
+        for (weights, _), wait in zip(self.bank.matrices, started):
+            weights.mul_(1 - lr * self.config.muon_wd).add_(wait(), alpha=-lr)
 
     def muon_update(self, grads: Tensor, momentum: Tensor, beta: float) -> Tensor:
         """Return updates (N, R, C): Nesterov, rows normalised (MuonEq-R), orthogonalised."""
@@ -1876,6 +2043,26 @@ class Optimizers:
         direction /= direction.norm(dim=2, keepdim=True).clamp_min(1e-7)
         out = newton_schulz(direction, self.config.muon_backend_steps, self.runtime.compute_dtype)
         return out * max(1.0, grads.shape[1] / grads.shape[2]) ** 0.5
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all momenta by name, whatever the number of ranks; every rank must call it."""
+        rows = [self.runtime.gather_rows(momentum)() for momentum in self.momenta]
+        found = {f"momentum.{i}": whole[:len(same)]
+                 for i, (whole, same) in enumerate(zip(rows, self.bank.shapes.values()))}
+        for role, p in self.bank.adam.items():
+            state = self.adamw.state[p].items()
+            found.update({f"adam.{role.value}.{key}": value.float() for key, value in state})
+        return found
+
+    def load(self, tensors: dict[str, Tensor]):
+        """Take over momenta as `tensors` gave them."""
+        for i, momentum in enumerate(self.momenta):
+            mine = tensors[f"momentum.{i}"][self.runtime.rank * len(momentum):][:len(momentum)]
+            momentum.zero_()[:len(mine)].copy_(mine)
+        for role, p in self.bank.adam.items():
+            kinds = {"step": torch.float32, "exp_avg": p.dtype, "exp_avg_sq": p.dtype}
+            self.adamw.state[p] = {key: tensors[f"adam.{role.value}.{key}"].to(p.device, dtype)
+                                   for key, dtype in kinds.items()}
 
     def reset(self):
         """Forget all momenta, as if no step had been made."""
@@ -2289,56 +2476,71 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarra
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Some windows with one first scored position: tokens, targets, and which of these count."""
+    """Some windows with one first scored position: tokens, targets, and which of these count.
 
-    tokens_BT: np.ndarray
-    targets_BS: np.ndarray
-    counted_BS: np.ndarray
-    bytes: int
+    span: the targets counted, which lie side by side.
+    """
+
+    tokens_BT: Tensor
+    targets_BS: Tensor
+    counted_BS: Tensor
+    span: tuple[int, int]
 
 
-def window_batches(text: Validation, seq_len: int, stride: int, batch: int, rank: int,
-                   world_size: int):
-    """Yield this rank's windows in batches of one static shape per first scored position."""
-    num_targets = len(text.target_bytes)
+def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Runtime):
+    """Yield this rank's windows in batches of one static shape per first scored position.
+
+    windows: (seq_len, stride, windows per batch). Batches are cut out of the text on the device;
+    the last one is filled up with windows past the end, which count nothing.
+    """
+    (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
-    mine = slice(len(starts) * rank // world_size, len(starts) * (rank + 1) // world_size)
-    starts, first_scored = starts[mine], first_scored[mine]
-    for first in np.unique(first_scored):
+    rank, ranks = runtime.rank, runtime.world_size
+    share = slice(len(starts) * rank // ranks, len(starts) * (rank + 1) // ranks)
+    starts, first_scored = starts[share], first_scored[share]
+    tokens = torch.from_numpy(np.pad(text.tokens.astype(np.int32), (0, seq_len)))
+    tokens, place = tokens.to(runtime.device), torch.arange(seq_len, device=runtime.device)
+    for first in np.unique(first_scored).tolist():
         group = starts[first_scored == first]
         size = min(batch, len(group))
         for at in range(0, len(group), size):
             some = group[at:at + size]
-            # fill up with windows past the end: they count nothing
+            span = int(some[0]) + first, min(int(some[-1]) + seq_len, num_targets)
             some = np.concatenate([some, np.full(size - len(some), num_targets)])
-            where = some[:, None] + np.arange(seq_len)
-            inside, where = where < num_targets, np.minimum(where, num_targets - 1)
-            scored, counted = where[:, first:], inside[:, first:]
-            inputs, targets = np.where(inside, text.tokens[where], 0), text.tokens[scored + 1]
-            yield WindowBatch(inputs.astype(np.int64), targets.astype(np.int64), counted,
-                              int(text.target_bytes[scored][counted].sum()))
+            where = torch.from_numpy(some).to(runtime.device)[:, None] + place
+            inside, scored = where < num_targets, where[:, first:]
+            yield WindowBatch((tokens[where] * inside).long(), tokens[scored + 1].long(),
+                              inside[:, first:], span)
+
+
+STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: a few seconds at most
 
 
 def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime,
-          progress=None) -> Score:
+          progress=None, journal=None) -> Score:
     """Return the Score of a text. windows: (seq_len, stride, windows per forward).
 
-    losses_of(tokens_BT, targets_BS) -> nats (B, S) of the last S positions. Sums are float64.
+    losses_of(tokens_BT, targets_BS) -> nats (B, S) of the last S positions. Sums are float64, one
+    for each stretch of batches. journal: mapping of a stretch's first and last target to its nats;
+    what it holds is not computed again.
     """
-    seq_len, stride, batch = windows
-    planned = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) // runtime.world_size
-    nats, tokens, target_bytes, done, since = [], 0, 0, 0, time.perf_counter()
+    seq_len, _, batch = windows
+    journal = {} if journal is None else journal
+    planned = len(plan_windows(len(text.target_bytes), *windows[:2])[0]) // runtime.world_size
+    total, tokens, target_bytes, done, since = 0.0, 0, 0, 0, time.perf_counter()
+    batches, at_once = window_batches(text, windows, runtime), STRETCH_TOKENS // (batch * seq_len)
     with torch.inference_mode():
-        for part in window_batches(text, seq_len, stride, batch, runtime.rank, runtime.world_size):
-            inputs, targets, counted = (
-                torch.from_numpy(x).to(runtime.device, non_blocking=True)
-                for x in (part.tokens_BT, part.targets_BS, part.counted_BS))
-            nats.append(losses_of(inputs, targets).double().masked_fill(~counted, 0.0).sum())
-            tokens, target_bytes = tokens + int(part.counted_BS.sum()), target_bytes + part.bytes
-            done += len(inputs)
+        while stretch := list(itertools.islice(batches, max(1, at_once))):
+            span = stretch[0].span[0], stretch[-1].span[1]
+            if span not in journal:
+                nats = [losses_of(part.tokens_BT, part.targets_BS).double()
+                        .masked_fill(~part.counted_BS, 0.0).sum() for part in stretch]
+                journal[span] = torch.stack(nats).sum().item()
+            total, tokens = total + journal[span], tokens + span[1] - span[0]
+            target_bytes += int(text.target_bytes[slice(*span)].sum())
+            done += sum(len(part.tokens_BT) for part in stretch)
             if progress:
                 progress(min(done, planned), max(1, planned), since)
-        total = torch.stack(nats).sum().item() if nats else 0.0
     sums = runtime.sum_(torch.tensor([total, tokens, target_bytes], dtype=torch.float64))
     return Score(sums[0].item(), int(sums[1]), int(sums[2]))
 
@@ -2353,13 +2555,32 @@ def micro_batch_sequences(config: Config, world_size: int) -> int:
 
 @dataclass
 class TrainState:
-    """Everything that training changes."""
+    """Everything that training changes: what a checkpoint holds."""
 
     model: GPT
     optimizers: Optimizers
     average: Average | None
     layout: Layout
     step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights, their average and all momenta by name; every rank must call it."""
+        bank, shadow = self.optimizers.bank, self.average.shadow
+        found = self.optimizers.tensors()
+        for name, p in self.model.named_parameters():
+            found[f"weight.{name}"] = p.detach().float()
+            found[f"average.{name}"] = bank.view(shadow, p)
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], step: int, layout: Layout):
+        """Go on from what `tensors` gave."""
+        bank, shadow, self.step, self.layout = (self.optimizers.bank, self.average.shadow, step,
+                                                layout)
+        for name, p in self.model.named_parameters():
+            p.copy_(tensors[f"weight.{name}"])
+            bank.view(shadow, p).copy_(tensors[f"average.{name}"])
+        self.optimizers.load(tensors)
 
 
 class Trainer:
@@ -2373,6 +2594,9 @@ class Trainer:
         self.mean_loss = runtime.compile(state.model.mean_loss)
         self.token_losses = runtime.compile(state.model.token_losses)
         self.step_seconds = {}  # layout -> seconds of a step, from warm-up
+        self.grad_norm = torch.zeros((), device=runtime.device)
+        self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
+        self.saved_seconds = 0.0
 
     def losses_of(self, layout: Layout):
         """Return the evaluation function of `score` under one layout."""
@@ -2390,7 +2614,9 @@ class Trainer:
             loss = self.mean_loss(part[:, :-1].contiguous(), part[:, 1:].contiguous(), layout)
             (loss / len(parts)).backward()
             total += loss.detach()
-        optimizers.reduce_and_clip()
+        self.grad_norm = optimizers.reduce_and_clip()
+        bad = (self.first_bad < 0) & ~self.grad_norm.isfinite()
+        self.first_bad = torch.where(bad, self.state.step, self.first_bad)
         optimizers.step(rates)
         return total / len(parts)
 
@@ -2420,6 +2646,7 @@ class Trainer:
             flat.copy_(saved[dtype])
         optimizers.reset()
         optimizers.zero_grad()
+        self.first_bad.fill_(-1)
 
     def compile_evaluation(self, layouts: list[Layout]):
         """Run the evaluation graph of each layout once in the shape that validation uses."""
@@ -2428,17 +2655,22 @@ class Trainer:
             for layout in layouts:
                 self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), layout)
 
-    def train(self, loader: Loader, budget_seconds: float, validate):
-        """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none)."""
+    def train(self, loader: Loader, budget_seconds: float, validate, checkpoint: Path):
+        """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none).
+
+        Raises Interrupted after a signal, once `checkpoint` is written, and ConfigError when the
+        gradients are not finite.
+        """
         state, config, clock, log = self.state, self.config, self.clock, self.log
         every, iterations = config.val_loss_every, config.iterations
         whole = budget_seconds or max(1, iterations)
-        pacer, began = Pacer(budget_seconds, self.runtime.agree), time.perf_counter()
+        began, graphs = time.perf_counter(), self.runtime.compiled_graphs()
+        self.saved_seconds = clock.training_seconds()  # above 0 when resumed
+        pacer = Pacer(budget_seconds, self.saved_seconds)
         pacer.expect(self.step_seconds.get(state.layout, 0.0))
-        with clock.span("train"):
+        with without_gc(), clock.span("train"):
             while True:
-                self.runtime.synchronize()
-                elapsed = pacer.elapsed(clock.training_seconds())
+                elapsed = pacer.elapsed(lambda: self.read_clock(checkpoint))
                 progress = (elapsed if budget_seconds else state.step) / whole
                 rates = schedule(config, state.step, progress)
                 switches = rates.recurrent and state.layout != self.recurrent_layout
@@ -2459,27 +2691,59 @@ class Trainer:
                 state.average.update()
                 state.step += 1
                 log.progress("training", round(1000 * progress), 1000, began)
-                self.report(loss)
+                self.report(loss, rates)
+        self.check_gradients()
+        if recompiled := self.runtime.compiled_graphs() - graphs:
+            log.event("recompiled", count=recompiled)
         if state.step < iterations:
             log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(),
                       step=state.step, iterations=iterations)
 
-    def report(self, loss: Tensor):
-        """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names.
+    def read_clock(self, checkpoint: Path) -> float:
+        """Return all ranks' training clock; write a checkpoint where one is due or asked for."""
+        self.runtime.synchronize()
+        signals = self.runtime.signals
+        elapsed, number = self.runtime.agree(self.clock.training_seconds(), signals.number)
+        self.check_gradients()
+        every = self.config.checkpoint_every_seconds
+        if number or (every and elapsed - self.saved_seconds >= every):
+            self.write_checkpoint(checkpoint, elapsed)
+        if number:
+            raise Interrupted(int(number))
+        return elapsed
 
-        Raises ValueError when it is not finite.
-        """
+    def write_checkpoint(self, path: Path, elapsed: float):
+        """Write everything that training changes, off the training clock."""
+        state, self.saved_seconds = self.state, elapsed
+        with self.clock.span("checkpoint"):
+            header = dict(kind="checkpoint", step=state.step, order=list(state.layout.order),
+                          training_seconds=elapsed)
+            self.runtime.first(write_tensors, path, header, state.tensors())
+        self.log.event("checkpoint", step=state.step, path=str(path))
+
+    def check_gradients(self):
+        """Raise ConfigError when any step's gradients were not finite, naming step and tensors."""
+        if (step := int(self.first_bad)) < 0:
+            return
+        names = [name for name, p in self.state.model.named_parameters()
+                 if not p.grad.isfinite().all()]
+        raise ConfigError([f"gradients are not finite at step {step} (now in: "
+                           f"{', '.join(names[:3])}…): training diverged; lower MATRIX_LR, "
+                           "TIED_EMBED_LR or SCALAR_LR"], shared=True)
+
+    def report(self, loss: Tensor, rates: Rates):
+        """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names."""
         step, config, every = self.state.step, self.config, self.config.train_log_every
         if not every or not (step <= 5 or step % every == 0):
             return
         mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
-        if not math.isfinite(mean):
-            raise ValueError(f"training loss is {mean} at step {step}: diverged; lower MATRIX_LR, "
-                             "TIED_EMBED_LR or SCALAR_LR")
+        self.check_gradients()
         seconds = self.clock.training_seconds()
         self.log.event("train", step=step, iterations=config.iterations, train_loss=mean,
                        tokens_per_second=step * config.train_batch_tokens / max(seconds, 1e-9),
-                       train_minutes=seconds / 60, train_seconds=round(seconds, 3))
+                       train_minutes=seconds / 60, train_seconds=round(seconds, 3),
+                       tokens=step * config.train_batch_tokens, grad_norm=self.grad_norm.item(),
+                       **dataclasses.asdict(rates))
 
 
 def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
@@ -2675,8 +2939,16 @@ class RunFiles:
     stats = property(lambda self: self.folder / "final_model.stats")
     artifact = property(lambda self: self.folder / "final_model.int6.ptz")
     scores = property(lambda self: self.folder / "scores.json")
+    checkpoint = property(lambda self: self.folder / "checkpoint")
+    identity = property(lambda self: self.folder / "run.json")
     events = property(lambda self: self.folder / "events.jsonl")
     text_log = property(lambda self: Path("logs", f"{self.run_id}.txt"))
+
+    def done(self, stage: str, config: Config) -> bool:
+        """Return whether a stage has left all it makes."""
+        made = {"train": [self.weights] + [self.stats] * config.gptq_enabled,
+                "quantize": [self.artifact], "evaluate": [self.scores]}
+        return all(path.exists() for path in made[stage])
 
     def source(self, config: Config, product: Path) -> Path:
         """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
@@ -2710,9 +2982,12 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
                           "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
     outputs = {"train": files.weights, "quantize": files.artifact, "evaluate": files.scores}
     made = [path for stage, path in outputs.items() if config.runs(stage) and path.exists()]
-    if made:
+    made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
+    if made and not config.resume:
         faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
-                      "another RUN_ID")
+                      "another RUN_ID, or go on with RESUME=1")
+    elif config.resume and files.identity.exists():
+        faults += resume_faults(config, files)
     free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
     if free < need:
         faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; "
@@ -2722,11 +2997,43 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
     return faults
 
 
+def identity(config: Config) -> dict[str, str]:
+    """Return what all ranks, or a run and its resumption, must share: settings, code, data."""
+    found = {name.upper(): show_value(value) for name, value in config.public().items()}
+    found["train_gpt.py"] = file_sha256(Path(__file__))
+    for split in ("train", "val") if config.stage != "quantize" else ():
+        found[f"{split} shards"] = fingerprint(find_shards(config.shard_dir, split))
+    if config.tokenizer_file.is_file():
+        found["tokenizer"] = file_sha256(config.tokenizer_file)
+    return found
+
+
+def resume_faults(config: Config, files: RunFiles) -> list[str]:
+    """Return what differs between this run and the one it would go on with."""
+    try:
+        before, now = json.loads(files.identity.read_bytes()), identity(config)
+        free = {name.upper() for name, f in KNOBS.items() if f.metadata["topic"] in ("run", "data")}
+        return [f"RESUME=1: {name} is {now[name]}, {files.folder} began with {before.get(name)}; "
+                "go on with what it began with, or choose another RUN_ID"
+                for name in now if name not in free and now[name] != before.get(name)]
+    except (ValueError, AttributeError) as error:
+        return [f"RESUME=1: {files.identity} is damaged ({error}); choose another RUN_ID"]
+
+
+def rank_faults(config: Config, runtime: Runtime) -> list[str]:
+    """Return in what settings, code or data the ranks differ."""
+    first, *others = runtime.gather(identity(config))
+    return [f"{name}: rank {rank} has {other.get(name)}, rank 0 has {value}; start every rank with "
+            "the same settings, code and data" for rank, other in enumerate(others, 1)
+            for name, value in first.items() if other.get(name) != value]
+
+
 def disk_need_bytes(config: Config) -> int:
-    """Return the bytes a run may write: fp32 weights and Hessians, the artifact, logs."""
+    """Return the bytes a run may write: weights, Hessians, a checkpoint twice, artifact, logs."""
     model, need = meta_model(config), 8 << 20
     if config.runs("train"):
-        need += sum(4 * p.numel() for p in model.parameters())
+        copies = 7 if config.checkpoint_every_seconds else 1
+        need += copies * sum(4 * p.numel() for p in model.parameters())
         observed = [readers[0] for readers in model.input_groups().values()] + ["tok_emb.weight"]
         need += sum(4 * model.get_parameter(name).shape[1] ** 2 for name in observed)
     return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
@@ -2768,7 +3075,8 @@ def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
     faults = package_faults(config) + device_faults(config, runtime) + data_faults(config)
     if runtime.is_main:
         faults += file_faults(config, files)
-    return list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
+    every = list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
+    return every or rank_faults(config, runtime)
 
 
 def predict(config: Config, runtime: Runtime) -> dict:
@@ -2842,12 +3150,13 @@ def describe_data(session: Session, text: Validation):
               table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
 
 
-def timed_score(session: Session, kind: str, losses_of, text: Validation, stride: int) -> Score:
+def timed_score(session: Session, kind: str, losses_of, text: Validation, stride: int,
+                journal=None) -> Score:
     """Score a text and log it as event `kind` with its time."""
     config, log, since = session.config, session.log, time.perf_counter()
     windows = (config.eval_seq_len, stride, config.eval_batch_windows)
     found = score(losses_of, text, windows, session.runtime,
-                  lambda done, total, began: log.progress(kind, done, total, began))
+                  lambda done, total, began: log.progress(kind, done, total, began), journal)
     log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
               eval_ms=1000 * (time.perf_counter() - since))
     return found
@@ -2856,11 +3165,13 @@ def timed_score(session: Session, kind: str, losses_of, text: Validation, stride
 def train_stage(session: Session) -> dict:
     """Train, average, calibrate; write weights, then statistics. Returns facts for the result."""
     config, runtime, log, clock = session.config, session.runtime, session.log, session.clock
+    files, facts = session.files, {}
     with clock.span("setup"):
         text = load_validation(config)
-        shards = ShardSet(find_shards(config.shard_dir, "train"), config.train_seq_len)
+        train_files = find_shards(config.shard_dir, "train")
+        shards, train_sha256 = ShardSet(train_files, config.train_seq_len), fingerprint(train_files)
         log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens,
-                  windows=shards.num_windows, sha256=shards.fingerprint())
+                  windows=shards.num_windows, sha256=train_sha256)
         describe_data(session, text)
         trainer = start_training(session)
         state, loader = trainer.state, Loader(shards, config, runtime)
@@ -2868,25 +3179,25 @@ def train_stage(session: Session) -> dict:
     with clock.span("warmup"):
         budget = warm_up_and_budget(session, trainer, calibration)
     state.average = Average(state.optimizers.bank, config.ema_decay)
-    whole_windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
-    trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text,
-                                                       whole_windows, runtime))
-    log.event("ema")
-    state.average.apply()
+    trained = config.resume and resume_training(session, trainer, facts)
+    if not trained:
+        windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
+        runtime.signals.deferred = True
+        trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text, windows,
+                                                           runtime), files.checkpoint)
+        log.event("ema")
+        state.average.apply()
     header = dict(config=artifact_config(config), order=list(state.layout.order), steps=state.step,
-                  tokenizer_sha256=file_sha256(config.tokenizer_file),
-                  train_sha256=shards.fingerprint())
-    with clock.span("write"):
-        # as the model holds them: embeddings rounded to its dtype, as scored and as calibrated
-        averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
-        size = runtime.first(write_tensors, session.files.weights, dict(header, kind="weights"),
-                             averaged)
-        log.event("weights", bytes=size)
-        log.event("code_size", bytes=code_bytes())
+                  tokenizer_sha256=file_sha256(config.tokenizer_file), train_sha256=train_sha256)
+    if not trained:
+        save_weights(session, state, header)
+    runtime.signals.deferred = False
     if calibration:
         calibrate(session, calibration, state.layout, loader, header)
     loader.close()
-    facts = dict(steps=state.step, training_seconds=round(clock.training_seconds(), 3))
+    facts.update(steps=state.step)
+    if not trained:  # else the seconds before the interruption are not known
+        facts.update(training_seconds=round(clock.training_seconds(), 3))
     with clock.span("validation"):
         kinds = {"prequant": config.eval_seq_len}
         kinds.update({"prequant_sliding": config.eval_stride} if config.prequant_sliding else {})
@@ -2894,6 +3205,53 @@ def train_stage(session: Session) -> dict:
             losses_of = trainer.losses_of(state.layout)
             facts[f"{kind}_bpb"] = timed_score(session, kind, losses_of, text, stride).bpb
     return facts
+
+
+def save_weights(session: Session, state: TrainState, header: dict):
+    """Write the averaged weights; only then is the checkpoint of no more use."""
+    runtime, log, files = session.runtime, session.log, session.files
+    with session.clock.span("write"):
+        # as the model holds them: embeddings rounded to its dtype, as scored and as calibrated
+        averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
+        size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), averaged)
+        log.event("weights", bytes=size)
+        log.event("code_size", bytes=code_bytes())
+        runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
+
+
+def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
+    """Go on from this run's averaged weights or checkpoint; returns whether training is over."""
+    files, runtime, state = session.files, session.runtime, trainer.state
+    trained, started = runtime.share((files.weights.exists(), files.checkpoint.exists()))
+    if not (trained or started):
+        return False
+    path, kind = (files.weights, "weights") if trained else (files.checkpoint, "checkpoint")
+    # every rank reads rank 0's bytes
+    header, tensors = open_container(runtime.first(path.read_bytes), kind, path)
+    order, step = tuple(header["order"]), header["steps" if trained else "step"]
+    layout = next((known for known in layouts_of(session.config) if known.order == order), None)
+    if layout is None:
+        raise ContainerError(f"{path}: layer order {order} is not one its settings give")
+    try:
+        if trained:
+            state.step, state.layout = step, layout
+            load_weights(state.model, tensors)
+        else:
+            state.load(tensors, step, layout)
+    except (KeyError, RuntimeError) as error:
+        raise ContainerError(f"{path}: does not fit this model ({error})") from None
+    if not trained:
+        session.clock.seconds["train"] = header["training_seconds"]
+    facts.update(resumed=True)
+    session.log.event("resumed", text=f"step {step} from {path}", step=step, path=str(path))
+    return trained
+
+
+@torch.no_grad()
+def load_weights(model: GPT, weights: dict[str, Tensor]):
+    """Fill a model's parameters by name."""
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
 
 
 def start_training(session: Session) -> Trainer:
@@ -3019,45 +3377,53 @@ def describe_artifact(session: Session, config: Config, quantizer: Quantizer, mu
                 total_bytes=total, **bits)
 
 
-def load_artifact(session: Session) -> tuple[Session, GPT, Layout]:
-    """Read the artifact (rank 0, for all) into a fresh model; returns the session it asks for."""
+def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
+    """Read the artifact (rank 0, for all) into a fresh model.
+
+    Returns the session it asks for, the model, its layout and the file's sha256.
+    """
     source = session.files.source(session.config, session.files.artifact)
-    header, tensors = open_container(session.runtime.first(source.read_bytes), "artifact", source)
+    data = session.runtime.first(source.read_bytes)
+    header, tensors = open_container(data, "artifact", source)
     config = adopt(session.config, header, "evaluate", source)
     if file_sha256(config.tokenizer_file) != header["tokenizer_sha256"]:
         raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer that "
                            f"{source} was trained with; set TOKENIZER_PATH to that one"])
     session = dataclasses.replace(session, config=config)
     model, state = session.build_model(), restore_weights(tensors, config, source)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(state[name])
+    load_weights(model, state)
     plain, recurrent = layouts_of(config)
     order = tuple(header["order"])
     if order not in (plain.order, recurrent.order):
         raise ContainerError(f"{source}: layer order {order} is not one its settings give; make "
                              "the file again")
-    return session, model, recurrent if order == recurrent.order else plain
+    layout = recurrent if order == recurrent.order else plain
+    return session, model, layout, hashlib.sha256(data).hexdigest()
 
 
 def evaluate_stage(session: Session) -> dict:
     """Score the artifact on the validation text: whole windows, then sliding ones."""
     runtime, clock, scores = session.runtime, session.clock, {}
     with clock.span("setup"):
-        session, model, layout = load_artifact(session)
+        session, model, layout, digest = load_artifact(session)
         config, text = session.config, load_validation(session.config)
         if config.stage == "evaluate":
             describe_data(session, text)
     losses = runtime.compile(model.token_losses)
     kinds = {"roundtrip": config.eval_seq_len}
     kinds.update({"sliding": config.eval_stride} if config.sliding_window_enabled else {})
+    path = session.files.folder / f"evaluation.{runtime.rank}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with clock.span("evaluate"):
         for kind, stride in kinds.items():
-            found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride)
+            task = f"{kind} {digest} {text.sha256} {config.eval_seq_len} {stride}"
+            found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride,
+                                Journal(path, task))
             scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
                                 bytes=found.bytes)
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
+    path.unlink(missing_ok=True)  # what was finished is in the scores now
     return {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
 
 
@@ -3110,7 +3476,9 @@ def run(env, check: bool):
         if runtime.is_main:
             print(f"check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
-    with scope:
+    with scope, runtime.signals:
+        if runtime.is_main and not files.identity.exists():
+            write_file(files.identity, json.dumps(identity(config), indent=1).encode())
         log = Log(runtime.is_main, files.text_log, files.events)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
         session = Session(config, runtime, log, clock, files, attend)
@@ -3118,14 +3486,29 @@ def run(env, check: bool):
         log.event("attention", backend=name, max_error=error)
         facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed)
         try:
-            for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
-                if config.runs(stage):
-                    facts.update(function(session))
+            run_stages(session, facts)
+        except Interrupted as stop:
+            log.event("interrupted", signal=str(stop), run_id=files.run_id,
+                      folder=str(files.folder))
+            raise
         except BaseException as error:
             log.event("failed", console=False, error=f"{type(error).__name__}: {error}")
             raise
         close_run(session, facts)
     runtime.close()
+
+
+def run_stages(session: Session, facts: dict):
+    """Run each stage that STAGE asks for and that a resumed run has not finished before."""
+    config, runtime, files = session.config, session.runtime, session.files
+    for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
+        if not config.runs(stage):
+            continue
+        if config.resume and runtime.share(files.done(stage, config)):
+            session.log.event("resumed", text=f"{stage} was finished before", stage=stage)
+            facts.update(resumed=True)
+        else:
+            facts.update(function(session))
 
 
 def main(argv: list[str], env) -> int:
@@ -3142,13 +3525,19 @@ def main(argv: list[str], env) -> int:
         return 0
     except (ValueError, OSError) as error:
         faults, shared = getattr(error, "faults", [str(error)]), getattr(error, "shared", False)
+    except Interrupted as stop:
+        return 128 + stop.number
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):
-            raise  # not the user's mistake: a traceback is what helps
         shared, detail = False, str(error).split("\n")[0]
-        faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, when "
-                  f"scoring, VAL_BATCH_TOKENS. {detail}"]
+        if contact_lost(error):
+            faults = ["lost touch with another rank, whose own message says why; go on with "
+                      f"RESUME=1 and this RUN_ID. {detail}"]
+        elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+              or "can't allocate memory" in str(error)):
+            faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, "
+                      f"when scoring, VAL_BATCH_TOKENS. {detail}"]
+        else:
+            raise  # not the user's mistake: a traceback is what helps
     if not shared or is_main_rank(env):
         print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
     return 1

@@ -152,7 +152,7 @@ def test_windows_partition_the_targets_of_each_shard(tmp_path_factory, sizes, se
 
 def test_fingerprint_tells_texts_apart_and_not_folders(tmp_path):
     def fingerprint(folder, sizes):
-        return ShardSet(write_numbered(tmp_path / folder, sizes), 4).fingerprint()
+        return train_gpt.fingerprint(write_numbered(tmp_path / folder, sizes))
 
     same = fingerprint("a", [30, 20])
     assert fingerprint("b", [30, 20]) == same

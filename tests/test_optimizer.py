@@ -1,5 +1,7 @@
 """Flat buffers, Muon, AdamW, schedule, average and the undone warm-up, against plain.py."""
 
+from pathlib import Path
+
 import plain
 import pytest
 import torch
@@ -26,6 +28,7 @@ from train_gpt import (
     Score,
     Trainer,
     TrainState,
+    as_matrices,
     layouts_of,
     micro_batch_sequences,
     newton_schulz,
@@ -92,7 +95,7 @@ def test_stacks_and_flat_groups_alias_the_parameters(banked):
     assert sum(len(weights) for weights, _ in bank.matrices) == len(groups[Role.MATRIX])
     for weights, grads in bank.matrices:
         weights.fill_(7.0)
-        grads.fill_(3.0)
+        as_matrices(grads, weights.shape[1:]).fill_(3.0)
     assert all((p == 7).all() and (p.grad == 3).all() for p in groups[Role.MATRIX])
     for role, flat in bank.adam.items():
         assert not (flat == 7).any()
@@ -260,6 +263,8 @@ def test_reduced_gradients_are_the_clipped_mean_over_ranks(scale, world_size):
         for name, p in model.named_parameters():
             p.grad.copy_(scale * grads[name])
         optimizers.reduce_and_clip()
+        for (_, whole), mine in zip(optimizers.bank.matrices, optimizers.owned, strict=True):
+            whole.copy_(runtime.gather_rows(mine)())
         return grads, {name: p.grad for name, p in model.named_parameters()}
 
     given_grads, reduced = zip(*on_ranks(world_size, work), strict=True)
@@ -288,15 +293,16 @@ def test_ranks_together_equal_one_rank(world_size):
                 p.grad.copy_(sum(part[name] for part in parts) / len(parts))
             optimizers.reduce_and_clip()
             optimizers.step(rates)
-        held = sum(m.numel() for m in optimizers.momenta)
-        return optimizers.bank.weights[torch.float32], held
+        held = [len(momentum) for momentum in optimizers.momenta]
+        return {name: p.detach() for name, p in model.named_parameters()}, held
 
     (alone, all_momenta), = on_ranks(1, work)
     together = on_ranks(world_size, work)
-    for weights, _ in together:
-        assert torch.equal(weights, together[0][0])
-        torch.testing.assert_close(weights, alone, rtol=1e-4, atol=2e-5)
-    assert sum(held for _, held in together) == all_momenta
+    for weights, held in together:
+        for name, weight in weights.items():
+            assert torch.equal(weight, together[0][0][name])
+            torch.testing.assert_close(weight, alone[name], rtol=1e-4, atol=2e-5)
+        assert held == [-(-count // world_size) for count in all_momenta]  # an equal share each
 
 
 # ---- schedule ------------------------------------------------------------------------------
@@ -435,7 +441,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_warm_up(dtype):
         trainer = trainer_of(config, dtype)
         if warmup_steps:
             trainer.warm_up()
-        trainer.train(Windows(), 0.0, lambda layout: Score(1.0, 1, 1))
+        trainer.train(Windows(), 0.0, lambda layout: Score(1.0, 1, 1), Path("never-written"))
         assert trainer.state.step == 2
         return [*trainer.state.optimizers.bank.weights.values(),
                 *trainer.state.average.shadow.values()]

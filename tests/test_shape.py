@@ -19,33 +19,35 @@ SOURCE = SCRIPT.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 
-ROOMS = ["Imports", "Config", "Settings", "Runtime", "Data", "Kernels", "Model", "Optimizer",
-         "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
+ROOMS = ["Imports", "Config", "Settings", "Runtime", "Files", "Data", "Kernels", "Model",
+         "Optimizer", "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
 # Room -> rooms whose names it may use. Single names let through are in ONLY.
 MAY_USE = {
     "Config": {},
     "Settings": {"Config"},
     "Runtime": {"Config"},
+    "Files": {},
     "Data": {"Config", "Runtime"},
     "Kernels": {"Config", "Runtime"},
     "Model": {"Config", "Kernels"},
     "Optimizer": {"Config", "Runtime"},
     "Quantize": {},
-    "Artifact": {"Config", "Runtime", "Model", "Quantize"},
+    "Artifact": {"Config", "Files", "Model", "Quantize"},
     "Evaluate": {"Config", "Runtime", "Data", "Kernels", "Model"},
-    "Train": {"Config", "Runtime", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
+    "Train": {"Config", "Runtime", "Files", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
     "Calibrate": {"Config", "Runtime", "Data", "Model"},
-    "Preflight": {"Config", "Runtime", "Data", "Model", "Artifact", "Train"},
+    "Preflight": {"Config", "Runtime", "Files", "Data", "Model", "Artifact", "Train"},
     "Stages": set(ROOMS),
 }
 # The optimizer sees roles, not the model; calibration asks which matrices will be quantised;
 # the preflight counts the parameters of each role.
-ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Preflight": {"partition"}}
+ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Preflight": {"partition", "show_value"}}
 # Room -> imported names it must not touch.
 FORBIDDEN_IMPORTS = {
     "Config": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
     "Settings": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
     "Runtime": {"nn", "F"},
+    "Files": {"nn", "F", "dist", "sys"},
     "Data": {"nn", "F", "dist", "os"},
     "Kernels": {"nn", "dist", "os", "Path"},
     "Model": {"os", "sys", "dist", "Path", "json", "subprocess", "np", "time"},
@@ -60,7 +62,7 @@ FORBIDDEN_IMPORTS = {
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
 MAX_PARAMETERS, MAX_NESTING = 6, 4
-MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2265
+MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2550
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
@@ -282,7 +284,7 @@ def test_files_are_opened_for_writing_in_one_place_per_purpose():
         mode = mode or (call.args[1] if len(call.args) > 1 else ast.Constant("r"))
         if not isinstance(mode, ast.Constant) or set(mode.value) & set("wax+"):
             places.add(owner(call.lineno))
-    assert places == {"write_file", "Log.__init__"}
+    assert places == {"write_file", "Log.__init__", "Journal.__setitem__"}
 
 
 def test_ranks_talk_only_in_runtime_and_optimizer():
@@ -312,7 +314,7 @@ def test_faults_become_one_line_only_in_main():
     written = {owner(n.lineno) for n in calls("sys.stderr.write")}
     assert written <= {"Log.progress", "Log.clear"}, "the terminal's progress line alone"
     exits = [owner(n.lineno) for n in calls("sys.exit") + calls("exit") + calls("os._exit")]
-    assert exits == [""], "only the guard at the bottom exits"
+    assert set(exits) == {"", "Signals.handle"}, "the guard at the bottom, and a second signal"
 
 
 def test_every_knob_is_read_outside_config():

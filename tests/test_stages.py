@@ -110,7 +110,7 @@ def model_free(env) -> dict:
 
 def test_full_run_leaves_every_product(tiny_run):
     names = {"final_model.weights", "final_model.stats", "final_model.int6.ptz", "scores.json",
-             "events.jsonl"}
+             "events.jsonl", "run.json"}
     assert {path.name for path in tiny_run.folder.iterdir()} == names
     found = {path for path in snapshot(tiny_run.cwd)}
     assert found == {f"runs/tiny/{name}" for name in names} | {"logs/tiny.txt"}
@@ -301,7 +301,7 @@ env = {"STAGE": "evaluate", "INPUT_PATH": sys.argv[2], "TOKENIZER_PATH": sys.arg
 config = train_gpt.load_config(env)
 session = train_gpt.Session(config, train_gpt.Runtime(env, config), None, None,
                             train_gpt.RunFiles("unused"))
-_, model, layout = train_gpt.load_artifact(session)
+_, model, layout, _ = train_gpt.load_artifact(session)
 tokens = torch.from_numpy(np.load(sys.argv[3]))
 with torch.inference_mode():
     np.save(sys.argv[4], model.logits(tokens, layout).numpy())
@@ -468,7 +468,7 @@ def test_a_fault_that_only_another_rank_meets_is_told(tiny_env, data_copy, tmp_p
     assert done.rc != 0
     said = [line for line in done.stderr.splitlines() if "error: " in line]
     assert any(f"VOCAB_SIZE={VOCAB_SIZE}" in line for line in said), done.stderr
-    assert {p.name for p in (tmp_path / "runs" / "deep").iterdir()} == {"events.jsonl"}
+    assert {p.name for p in (tmp_path / "runs" / "deep").iterdir()} == {"events.jsonl", "run.json"}
 
 
 # ---- one folder, many runs -----------------------------------------------------------------
@@ -662,7 +662,7 @@ def test_foreign_tokens_deep_in_a_shard_end_the_run_in_one_line(tiny_env, data_c
     done = run_here({**pointing_at(tiny_env, data_copy), "RUN_ID": "deep"}, tmp_path)
     assert done.rc == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1 and f"VOCAB_SIZE={VOCAB_SIZE}" in done.stderr
-    assert {p.name for p in (tmp_path / "runs" / "deep").iterdir()} == {"events.jsonl"}
+    assert {p.name for p in (tmp_path / "runs" / "deep").iterdir()} == {"events.jsonl", "run.json"}
 
 
 def test_a_tokenizer_without_the_space_piece_is_refused(tiny_env, tiny_documents, data_copy,

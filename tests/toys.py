@@ -63,13 +63,22 @@ class Rank(train_gpt.Runtime):
     def __init__(self, rank=0, world_size=1, exchange=None, dtype=torch.float32):
         self.rank, self.world_size, self.exchange = rank, world_size, exchange
         self.device, self.compute_dtype = torch.device("cpu"), dtype
-        self.compiles, self.is_main = False, rank == 0
+        self.compiles, self.is_main, self.signals = False, rank == 0, train_gpt.Signals()
 
     def sum_(self, tensor):
         return tensor.copy_(torch.stack(self.gather(tensor)).sum(0))
 
-    def agree(self, value):
-        return max(self.gather(value))
+    def scatter_sum(self, rows):
+        whole, share = torch.stack(self.gather(rows)).sum(0), len(rows) // self.world_size
+        return lambda: whole[self.rank * share:][:share].clone()
+
+    def gather_rows(self, mine):
+        whole = torch.cat(self.gather(mine))
+        return lambda: whole
+
+    def agree(self, *values):
+        largest = [max(column) for column in zip(*self.gather(values), strict=True)]
+        return largest if len(values) > 1 else largest[0]
 
     def share(self, value):
         return self.gather(value)[0]
