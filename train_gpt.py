@@ -3098,7 +3098,7 @@ def predict(config: Config, runtime: Runtime) -> dict:
     return dict(report, text_report="; ".join(parts))
 
 
-# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
+# == 11c Report: what a run says of itself =======================================================
 
 TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
 
@@ -3160,6 +3160,63 @@ def timed_score(session: Session, kind: str, losses_of, text: Validation, stride
     log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
               eval_ms=1000 * (time.perf_counter() - since))
     return found
+
+
+def describe_recurrence(session: Session, trainer: Trainer, budget: float):
+    """Say when the recurrent order starts, or that it never can."""
+    config, step_seconds = session.config, trainer.step_seconds.get(trainer.plain_layout)
+    fitting = int(budget / step_seconds) if budget and step_seconds else config.iterations
+    steps = min(config.iterations, fitting)
+    if config.recur_start_frac is not None:
+        never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
+    else:
+        start = config.recur_start_step
+        never, when = start >= steps, f"at step {start} of about {steps}"
+    if never:
+        when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
+    session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
+                      order=list(trainer.recurrent_layout.order))
+
+
+def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
+                      size: int) -> dict:
+    """Log sizes, steps and bits of a written artifact and return them."""
+    log, total = session.log, size + code_bytes()
+    unused = config.artifact_max_bytes - total
+    if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
+        log.event("unused", unused_bytes=unused)
+    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
+                embed_bits=quantizer.bits(multiplier, "int8"))
+    log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
+              k_embed=multiplier * quantizer.specs["int8"].k, **bits)
+    coder, path = config.compressor, str(session.files.artifact)
+    log.event("artifact", compressor=coder, bytes=size, path=path)
+    log.event("total_size", compressor=coder, bytes=total)
+    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(),
+                total_bytes=total, **bits)
+
+
+def close_run(session: Session, facts: dict):
+    """Log memory, the ledger, a verdict per limit of the challenge, and the result line."""
+    config, log, spent = session.config, session.log, session.clock.ledger()
+    allocated, reserved = session.runtime.peak_memory_mib()
+    log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
+    text = " ".join(f"{name}={seconds:.1f}s" for name, seconds in spent.items())
+    log.event("ledger", text_spans=text, **spent)
+    measured = [("training + calibration", facts.get("training_seconds"), TRAIN_LIMIT_SECONDS),
+                ("evaluation", spent.get("evaluate"), EVAL_LIMIT_SECONDS),
+                ("code + artifact", facts.get("total_bytes"), config.artifact_max_bytes)]
+    kept = {rule: value <= limit for rule, value, limit in measured if value is not None}
+    for rule, value, limit in measured:
+        if rule in kept:
+            log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
+                      value=value, limit=limit, unit="bytes" if "artifact" in rule else "s")
+    facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
+    log.event("result", text_json=json.dumps(facts), **facts)
+    log.close()
+
+
+# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
 
 
 def train_stage(session: Session) -> dict:
@@ -3289,22 +3346,6 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
     return budget
 
 
-def describe_recurrence(session: Session, trainer: Trainer, budget: float):
-    """Say when the recurrent order starts, or that it never can."""
-    config, step_seconds = session.config, trainer.step_seconds.get(trainer.plain_layout)
-    fitting = int(budget / step_seconds) if budget and step_seconds else config.iterations
-    steps = min(config.iterations, fitting)
-    if config.recur_start_frac is not None:
-        never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
-    else:
-        start = config.recur_start_step
-        never, when = start >= steps, f"at step {start} of about {steps}"
-    if never:
-        when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
-    session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
-                      order=list(trainer.recurrent_layout.order))
-
-
 def calibrate(session: Session, calibration, layout: Layout, loader: Loader, header: dict):
     """Collect Hessians on the clock, then write them."""
     log, clock, before = session.log, session.clock, session.clock.training_seconds()
@@ -3359,24 +3400,6 @@ def quantize_files(session: Session) -> dict:
     return describe_artifact(session, config, quantizer, multiplier, len(packed))
 
 
-def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
-                      size: int) -> dict:
-    """Log sizes, steps and bits of a written artifact and return them."""
-    log, total = session.log, size + code_bytes()
-    unused = config.artifact_max_bytes - total
-    if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
-        log.event("unused", unused_bytes=unused)
-    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
-                embed_bits=quantizer.bits(multiplier, "int8"))
-    log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
-              k_embed=multiplier * quantizer.specs["int8"].k, **bits)
-    coder, path = config.compressor, str(session.files.artifact)
-    log.event("artifact", compressor=coder, bytes=size, path=path)
-    log.event("total_size", compressor=coder, bytes=total)
-    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(),
-                total_bytes=total, **bits)
-
-
 def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     """Read the artifact (rank 0, for all) into a fresh model.
 
@@ -3425,26 +3448,6 @@ def evaluate_stage(session: Session) -> dict:
     runtime.first(write_file, session.files.scores, data)
     path.unlink(missing_ok=True)  # what was finished is in the scores now
     return {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
-
-
-def close_run(session: Session, facts: dict):
-    """Log memory, the ledger, a verdict per limit of the challenge, and the result line."""
-    config, log, spent = session.config, session.log, session.clock.ledger()
-    allocated, reserved = session.runtime.peak_memory_mib()
-    log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
-    text = " ".join(f"{name}={seconds:.1f}s" for name, seconds in spent.items())
-    log.event("ledger", text_spans=text, **spent)
-    measured = [("training + calibration", facts.get("training_seconds"), TRAIN_LIMIT_SECONDS),
-                ("evaluation", spent.get("evaluate"), EVAL_LIMIT_SECONDS),
-                ("code + artifact", facts.get("total_bytes"), config.artifact_max_bytes)]
-    kept = {rule: value <= limit for rule, value, limit in measured if value is not None}
-    for rule, value, limit in measured:
-        if rule in kept:
-            log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
-                      value=value, limit=limit, unit="bytes" if "artifact" in rule else "s")
-    facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
-    log.event("result", text_json=json.dumps(facts), **facts)
-    log.close()
 
 
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:

@@ -20,7 +20,8 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 
 ROOMS = ["Imports", "Config", "Settings", "Runtime", "Files", "Data", "Kernels", "Model",
-         "Optimizer", "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight", "Stages"]
+         "Optimizer", "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight",
+         "Report", "Stages"]
 # Room -> rooms whose names it may use. Single names let through are in ONLY.
 MAY_USE = {
     "Config": {},
@@ -37,11 +38,14 @@ MAY_USE = {
     "Train": {"Config", "Runtime", "Files", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
     "Calibrate": {"Config", "Runtime", "Data", "Model"},
     "Preflight": {"Config", "Runtime", "Files", "Data", "Model", "Artifact", "Train"},
+    "Report": {"Config", "Settings", "Runtime", "Data", "Model", "Artifact", "Quantize", "Evaluate",
+               "Train", "Preflight"},
     "Stages": set(ROOMS),
 }
 # The optimizer sees roles, not the model; calibration asks which matrices will be quantised;
-# the preflight counts the parameters of each role.
-ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Preflight": {"partition", "show_value"}}
+# the preflight counts the parameters of each role, and shows settings that differ.
+ONLY = {"Optimizer": {"Role"}, "Calibrate": {"plan_storage"}, "Report": {"attention_sdpa"},
+        "Preflight": {"partition", "show_value"}}
 # Room -> imported names it must not touch.
 FORBIDDEN_IMPORTS = {
     "Config": {"torch", "dist", "F", "nn", "Tensor", "np", "os"},
@@ -58,6 +62,7 @@ FORBIDDEN_IMPORTS = {
     "Train": {"dist", "os"},
     "Calibrate": {"dist", "os", "np"},
     "Preflight": {"dist", "F", "nn"},
+    "Report": {"dist", "F", "np", "math"},
     "Stages": {"dist", "F", "np", "math", "nn"},  # no arithmetic
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
@@ -74,7 +79,7 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 @functools.cache
 def banners():
     """Return [(line number, room name)] in order."""
-    found = [(i, re.match(r"# == \d+b? (\w+)", line)) for i, line in enumerate(LINES, 1)]
+    found = [(i, re.match(r"# == \d+[bc]? (\w+)", line)) for i, line in enumerate(LINES, 1)]
     return [(i, match[1]) for i, match in found if match]
 
 
