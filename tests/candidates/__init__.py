@@ -1,0 +1,1 @@
+"""Kernels that wait for a measurement: see README.md beside this file."""
