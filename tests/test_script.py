@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("python_minifier")
-import records  # noqa: E402
 import script  # noqa: E402
+
+import records  # noqa: E402
 
 GOAL_BYTES = 32_000  # packed script; STRETCH is 24,000
 SOURCE = SCRIPT.read_text(encoding="utf-8")
