@@ -17,7 +17,6 @@ import argparse
 import ast
 import hashlib
 import importlib.util
-import io
 import json
 import lzma
 import platform
@@ -32,6 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
+    import encoding
+    import numpy as np
     import sentencepiece
     import shards
     MISSING = None
@@ -39,7 +40,6 @@ except ImportError as error:  # reported by main, so that --help works without t
     MISSING = error.name or "sentencepiece"
 
 TOOL_VERSION = 1  # raise it whenever the same Python would give other bytes
-BOS_ID = 1
 MAX_DOC_BYTES = 4000  # near FineWeb's mean, and below the trainer's limit of 4192 for a sentence
 MIN_DOC_BYTES = 200
 VAL_TARGET_BYTES = 136_000  # before near-duplicates go; leaves 120 to 140 kB
@@ -311,40 +311,18 @@ def build_corpus(counts):
 # ---- tokenizer and shards --------------------------------------------------------------------
 
 
-def train_tokenizer(train_documents, vocab_size):
-    """Return a SentencePiece model, bytes, trained by the published recipe.
-
-    The recipe is what the published fineweb_1024_bpe.model stores about itself. Reading from and
-    writing to memory keeps paths out of the model; one thread keeps it the same everywhere.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(train_documents), model_writer=model, model_type="bpe",
-            vocab_size=vocab_size, character_coverage=0.999, byte_fallback=True,
-            split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-            pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, hard_vocab_limit=False,
-            num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        raise DemoError(f"SentencePiece could not train {vocab_size} pieces: "
-                        f"{' '.join(str(error).split())}; choose another --vocab-size") from None
-    return model.getvalue()
-
-
 def encode(texts, processor, table):
     """Return the tokens of all documents, a BOS before each and no EOS.
 
     Raises DemoError when the byte table disagrees with a document: its score would be wrong.
     """
-    tokens = []
-    for text in texts:
-        document = [BOS_ID, *processor.encode(text)]
-        counted, expected = shards.target_bytes(document, table).sum(), text_bytes([text])
+    found = encoding.encode_batch(processor, [text.encode("utf-8") for text in texts])
+    for text, tokens in zip(texts, found):
+        counted, expected = shards.target_bytes(tokens, table).sum(), text_bytes([text])
         if counted != expected:
             raise DemoError(f"the tokens of the document {text[:40]!r} count {counted} bytes, "
                             f"must be its {expected}; install another sentencepiece version")
-        tokens += document
-    return tokens
+    return np.concatenate(found)
 
 
 def xz_bytes(text):
@@ -375,10 +353,6 @@ def recipe(vocab_size):
             "sentencepiece": sentencepiece.__version__, "vocab_size": vocab_size}
 
 
-def sha256_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def inspect_product(out, vocab_size):
     """Return (manifest, "") of a complete product, else (None, why it must be built)."""
     try:
@@ -387,7 +361,7 @@ def inspect_product(out, vocab_size):
             if manifest["recipe"][key] != value:
                 return None, f"built with {key} {manifest['recipe'][key]}, now {value}"
         for name, entry in manifest["files"].items():
-            if sha256_of(out / name) != entry["sha256"]:
+            if shards.sha256_of(out / name) != entry["sha256"]:
                 return None, f"{name} has changed since it was built"
     except FileNotFoundError as error:
         return None, f"no {Path(error.filename).name} yet"
@@ -406,8 +380,8 @@ def build(out, vocab_size):
     say(f"reading the texts of Python {platform.python_version()}")
     split = build_corpus(counts)
     say(f"training a tokenizer of {vocab_size} pieces")
-    model = train_tokenizer(split["train"], vocab_size)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    model = encoding.train_tokenizer(split["train"], vocab_size)
+    processor = encoding.load_processor(model)
     table = shards.byte_table(processor, processor.get_piece_size())
     paths = [tokenizers / f"demo_{vocab_size}_bpe.model"]
     shards.write_atomic(paths[0], model)
@@ -422,10 +396,10 @@ def build(out, vocab_size):
         shards.write_shard(paths[-1], tokens)
     say("measuring xz on the validation text")
     files = {path.relative_to(out).as_posix(): {"bytes": path.stat().st_size,
-                                                "sha256": sha256_of(path)} for path in paths}
-    manifest = {"recipe": recipe(vocab_size), "splits": sizes, "bos_id": BOS_ID,
+                                                "sha256": shards.sha256_of(path)} for path in paths}
+    manifest = {"recipe": recipe(vocab_size), "splits": sizes, "bos_id": encoding.BOS_ID,
                 "append_eos": False, "counts": dict(sorted(counts.items())),
-                "tokenizer_sha256": sha256_of(paths[0]), "files": files,
+                "tokenizer_sha256": shards.sha256_of(paths[0]), "files": files,
                 "yardsticks": yardsticks(texts["train"], texts["val"], sizes["val"]["bytes"])}
     shards.write_atomic(out / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
     return manifest

@@ -172,8 +172,11 @@ def test_other_recipe_is_noticed(demo, tmp_path, manifest, key):
     assert key in build_demo.inspect_product(out, 1024)[1]
 
 
-@pytest.mark.parametrize("step", ["build_corpus", "train_tokenizer", "encode", "yardsticks"])
-def test_interrupted_build_does_not_look_finished(demo, tmp_path, monkeypatch, capsys, step):
+@pytest.mark.parametrize(("module", "step"), [
+    (build_demo, "build_corpus"), (build_demo.encoding, "train_tokenizer"), (build_demo, "encode"),
+    (build_demo, "yardsticks")], ids=lambda value: value if isinstance(value, str) else "")
+def test_interrupted_build_does_not_look_finished(demo, tmp_path, monkeypatch, capsys, module,
+                                                  step):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -181,8 +184,8 @@ def test_interrupted_build_does_not_look_finished(demo, tmp_path, monkeypatch, c
     split = {part: texts_of(demo, part)[:3] for part in ("train", "val")}
     model = (demo / "tokenizers/demo_1024_bpe.model").read_bytes()
     monkeypatch.setattr(build_demo, "build_corpus", lambda *_: split)
-    monkeypatch.setattr(build_demo, "train_tokenizer", lambda *_: model)
-    monkeypatch.setattr(build_demo, step, interrupt)
+    monkeypatch.setattr(build_demo.encoding, "train_tokenizer", lambda *_: model)
+    monkeypatch.setattr(module, step, interrupt)
     assert build_demo.main(["--out", str(out), "--force"]) == 130
     assert build_demo.inspect_product(out, 1024)[0] is None
     assert "Traceback" not in capsys.readouterr().err
@@ -223,7 +226,7 @@ def test_tokenizer_follows_the_published_recipe(processor):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_tokens_are_the_documents_each_after_a_bos(demo, processor, part):
     tokens = tokens_of(demo, part)
-    starts = np.flatnonzero(tokens == build_demo.BOS_ID)
+    starts = np.flatnonzero(tokens == build_demo.encoding.BOS_ID)
     assert starts[0] == 0 and processor.eos_id() not in tokens
     pieces = [piece[1:].tolist() for piece in np.split(tokens, starts[1:])]
     assert processor.decode(pieces) == texts_of(demo, part)
