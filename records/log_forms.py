@@ -20,6 +20,8 @@ CLOCK = "train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
 PUBLISHED = (
     ("val", "step:{step}/{iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} " + CLOCK),
     ("train", "step:{step}/{iterations} train_loss:{train_loss:.4f} " + CLOCK),
+    ("stopping_early", "stopping_early: wallclock_cap train_time:{train_time_ms:.0f}ms "
+                       "step:{step}/{iterations}"),
     ("recurrence", "depth_recurrence:enabled step:{step} layers:{order}"),
     ("prequant", "DIAGNOSTIC post_ema " + TAIL + " eval_time:{eval_ms:.0f}ms"),
     ("data", "train_loader:dataset:{dataset} train_shards:{train_shards}"),
