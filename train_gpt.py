@@ -554,7 +554,9 @@ def show_value(value) -> str:
 
 def help_text() -> str:
     """Return the `--help` page: every setting by topic, presets, foreign names."""
-    lines = [__doc__.strip(), "", "Settings are environment variables: NAME = default, meaning."]
+    lines = ["usage: NAME=value … python train_gpt.py [--check | --help], or under torchrun",
+             "--check: every check a run starts with; --help: this page",
+             "Settings are environment variables: NAME = default, meaning."]
     for topic in TOPICS:
         lines.append(f"\n{topic}")
         for name, f in KNOBS.items():
@@ -3122,9 +3124,9 @@ class Session:
 def log_head(session: Session, env, report: dict):
     """Log source, versions, hardware and configuration: what repeating the run needs."""
     config, runtime, log = session.config, session.runtime, session.log
-    source = Path(__file__).read_text(encoding="utf-8")
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    log.event("source", console=False, text_source=source, sha256=digest)
+    # a packed script runs from its unpacked text, while __file__ is the file that counts
+    source = Path(log_head.__code__.co_filename).read_text(encoding="utf-8")
+    log.event("source", console=False, text_source=source, sha256=file_sha256(Path(__file__)))
     facts = runtime.describe()
     smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
     table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
@@ -3447,7 +3449,8 @@ def evaluate_stage(session: Session) -> dict:
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
     path.unlink(missing_ok=True)  # what was finished is in the scores now
-    return {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
+    facts = {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
+    return dict(facts, val_tokens=found.tokens, val_bytes=found.bytes, val_sha256=text.sha256)
 
 
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
@@ -3487,7 +3490,8 @@ def run(env, check: bool):
         session = Session(config, runtime, log, clock, files, attend)
         log_head(session, env, report)
         log.event("attention", backend=name, max_error=error)
-        facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed)
+        facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed,
+                     code_sha256=file_sha256(Path(__file__)))
         try:
             run_stages(session, facts)
         except Interrupted as stop:
