@@ -65,7 +65,7 @@ def test_plain_form_is_the_scripts(name, dtype):
 
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_swapped_candidates_are_called_and_leave_no_trace(name):
-    """Here no kernel can start, on CPU tensors and outside the interpreter: so calling one fails."""
+    """On CPU tensors, outside the interpreter, no kernel can start: calling one fails."""
     tokens, layout = torch.zeros(1, 8, dtype=torch.int64), train_gpt.layouts_of(toy_config())[1]
     before = {path: _at(path) for path in CANDIDATES[name].patches}
     with swapped(train_gpt, [name]):
