@@ -15,7 +15,6 @@ import argparse
 import errno
 import json
 import os
-import re
 import shutil
 import sys
 import threading
@@ -40,7 +39,6 @@ except ImportError:  # Windows: no lock, and no two downloads at once there
     fcntl = None  # type: ignore[assignment]
 
 PIP_LINE = "python -m pip install -r data/requirements.txt"
-SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 FRUITLESS_TRIES = 5  # attempts in a row that bring no byte
 RETRY_SECONDS = 1.0  # doubled after each of them
 SPARE_BYTES = 64 << 20  # left free on the disk
@@ -101,7 +99,7 @@ def choose_shards(hub: Hub, variant: catalogue.Variant, train_shards: int | None
     hosted = hub.folder(variant.folder)
     splits: dict[str, list[Wanted]] = {"train": [], "val": [], "val_bytes": []}
     for name in sorted(hosted):
-        if match := SHARD_NAME.fullmatch(name):
+        if match := integrity.SHARD_NAME.fullmatch(name):
             splits[match[1]].append(Wanted(f"{variant.folder}/{name}", hosted[name]))
     train = splits["train"]
     if not splits["val"]:
@@ -195,7 +193,7 @@ def difference(path: Path, remote: Remote) -> str:
 
 def header_fault(path: Path) -> str:
     """Return what is wrong with a shard's header ("" for other files and whole shards)."""
-    if SHARD_NAME.fullmatch(path.name.removesuffix(".part")):
+    if integrity.SHARD_NAME.fullmatch(path.name.removesuffix(".part")):
         try:
             integrity.shard_tokens(path)
         except ValueError as error:
@@ -538,8 +536,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"download: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"download: {error.filename or args.data_dir}: {error.strerror or error}; free it or its "
-              "disk, or give --data-dir", file=sys.stderr)
+        print(f"download: {error.filename or args.data_dir}: {error.strerror or error}; free it or "
+              "its disk, or give --data-dir", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("download: stopped; run the same line again to go on", file=sys.stderr)
