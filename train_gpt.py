@@ -1184,9 +1184,8 @@ def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tens
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
-            "  hf download kevclark/parameter-golf --repo-type dataset --local-dir data --include "
-            "'datasets/*/fineweb10B_sp8192/*' 'datasets/tokenizers/*' && DATA_DIR=data/datasets "
-            "python train_gpt.py  (pip install huggingface_hub)")
+            "  python data/cached_challenge_fineweb.py --variant sp8192 && python train_gpt.py  "
+            "(26 GB; pip install -r data/requirements.txt)")
 
 
 def open_shard(path: Path) -> np.ndarray:

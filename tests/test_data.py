@@ -400,7 +400,7 @@ def test_fault_of_absent_data_ends_with_the_commands_that_get_some(small_tokeniz
     assert found[0].startswith(f"DATA_PATH={folder}: ")
     last = str(train_gpt.ConfigError(found)).splitlines()[-2:]
     assert "python data/build_demo.py && PRESET=demo python train_gpt.py" in last[0]
-    assert "hf download kevclark/parameter-golf" in last[1]
+    assert "cached_challenge_fineweb.py --variant sp8192" in last[1]
 
 
 def test_missing_tokenizer_is_a_fault_beside_those_of_the_shards(small_tokenizer, text_folder):

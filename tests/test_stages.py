@@ -522,7 +522,7 @@ def test_without_data_the_last_lines_are_the_commands_that_get_some(tmp_path):
     assert done.rc == 1 and snapshot(tmp_path) == {}
     lines = done.stderr.splitlines()
     assert "data/build_demo.py" in lines[-2] and "PRESET=demo" in lines[-2]
-    assert "hf download" in lines[-1]
+    assert "cached_challenge_fineweb.py" in lines[-1]
     assert "Traceback" not in done.stderr
 
 
