@@ -72,13 +72,13 @@ def xsa_inputs(s: Sizes, make) -> tuple:
     return out, v
 
 
-CANDIDATES = {
-    "loss": Candidate(loss.fused, loss.plain, loss_inputs, {"softcap_cross_entropy": loss.fused}),
+CANDIDATES = {  # the largest expected gain first
     "mlp": Candidate(mlp.fused, mlp.plain, mlp_inputs, {
         "MLP.forward": lambda self, x_BTD: mlp.fused(x_BTD, self.up.weight, self.down.weight)},
         learned=3),
-    "qk": Candidate(qk.fused, qk.plain, qk_inputs, {"Attention.forward": qk.attention_forward}),
     "xsa": Candidate(xsa.fused, xsa.plain, xsa_inputs, {"exclude_self": xsa.fused}),
+    "qk": Candidate(qk.fused, qk.plain, qk_inputs, {"Attention.forward": qk.attention_forward}),
+    "loss": Candidate(loss.fused, loss.plain, loss_inputs, {"softcap_cross_entropy": loss.fused}),
 }
 
 

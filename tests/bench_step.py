@@ -1,0 +1,424 @@
+"""Time the script's step against a plain implementation of the same mathematics, in turns.
+
+    python tests/bench_step.py [--tiny] [--sections step,parts,...] [--rows FILE.jsonl]
+
+Sections, most important first: `step` (ours and plain at both depths), `parts` (optimizer, loader),
+`evaluation` (sliding windows), `artifact` (GPTQ, packing), `candidates` (ours with each kernel of
+tests/candidates put in; needs a GPU and Triton). Prints one line a figure as it is found, with the
+share of this device's own matrix rate where that means something; --rows writes them as JSON too.
+--tiny takes sizes a CPU finishes in seconds. Not collected by pytest.
+
+The plain side has the same model, compiled alike, with the same attention, and what one writes
+first around it: a parameter is its own tensor, Muon works matrix by matrix (`muon_step` of
+plain.py), torch's AdamW, clipping and averaging go tensor by tensor, and the loss is read every
+step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import plain  # noqa: E402
+from candidates.table import CANDIDATES, swapped  # noqa: E402
+
+import train_gpt  # noqa: E402
+from train_gpt import Config, Layout, Rates, Role, Runtime  # noqa: E402
+
+FULL = dict(train_batch_tokens=98_304, compile_enabled=None)  # one of eight GPUs' share
+TINY = dict(train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64, eval_seq_len=64,
+            eval_stride=8, val_batch_tokens=2048, vocab_size=256, num_layers=4, model_dim=64,
+            num_heads=4, num_kv_heads=2, ve_layers=(2, 3), ve_dim=16, recur_layers=(1, 2),
+            parallel_start_layer=2, fp16_max_numel=1024, device="cpu")
+RATES = Rates(1.0, 0.95, False)
+# Of one side: blocks of steps, taken in turns with the other sides' blocks.
+BLOCKS, BLOCK_STEPS, WARM_STEPS = 7, 10, 3
+
+
+class Bench:
+    """What every section needs: settings, device, attention, and the list of rows."""
+
+    def __init__(self, tiny: bool, rows_path: Path | None):
+        self.tiny, self.config = tiny, Config(**(TINY if tiny else FULL))
+        self.runtime = Runtime({}, self.config)
+        self.device = self.runtime.device
+        backend, self.attend, self.scope, _ = train_gpt.choose_attention(self.config, self.runtime)
+        self.layouts = dict(zip(("before", "after"), train_gpt.layouts_of(self.config)))
+        self.rows_file = open(rows_path, "a", encoding="utf-8") if rows_path else None
+        self.roof = train_gpt.matmul_flops_per_second(self.device, self.runtime.compute_dtype)
+        self.tell("device", backend=backend, tokens=self.config.train_batch_tokens,
+                  matrix_tflops=self.roof / 1e12, **self.runtime.describe())
+
+    def tell(self, kind: str, **fields):
+        """Print a row, and write it where rows are kept."""
+        fields = {name: float(f"{value:.5g}") if isinstance(value, float) else value
+                  for name, value in fields.items()}
+        print(f"{kind:10} " + " ".join(f"{name}={value}" for name, value in fields.items()),
+              flush=True)
+        if self.rows_file:
+            self.rows_file.write(json.dumps({"row": kind, **fields}) + "\n")
+            self.rows_file.flush()
+
+    def windows(self, count: int) -> torch.Tensor:
+        """Return windows (count, T + 1) of tokens as unevenly frequent as those of text."""
+        weights = 1.0 / (torch.arange(self.config.vocab_size) + 10.0)
+        shape = count, self.config.train_seq_len + 1
+        drawn = torch.multinomial(weights, shape[0] * shape[1], replacement=True,
+                                  generator=torch.Generator().manual_seed(0))
+        return drawn.view(shape).to(self.device)
+
+    def model(self) -> train_gpt.GPT:
+        """Return a model without zeros: a GPU multiplies those faster."""
+        with torch.device(self.device):
+            model = train_gpt.GPT(self.config, self.attend, self.runtime.compute_dtype)
+        model.init_weights(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.role is Role.MATRIX and not p.any():
+                    p.normal_(0.0, 0.02)
+        return model
+
+    def flops(self, layout: Layout) -> float:
+        """Return FLOPs of a step: products three times the forward's, attention 3.5 times."""
+        c = self.config
+        attention = 2 * c.model_dim * len(layout.order) * c.train_seq_len
+        forward = train_gpt.forward_flops_per_token(c, layout.order)
+        return c.train_batch_tokens * (3 * forward + 0.5 * attention)
+
+
+# ---- the two sides -------------------------------------------------------------------------
+
+
+class Ours:
+    """The script's own trainer."""
+
+    def __init__(self, bench: Bench):
+        config, runtime = bench.config, bench.runtime
+        model = bench.model()
+        optimizers = train_gpt.Optimizers(model, config, runtime)
+        average = train_gpt.Average(optimizers.bank, config.ema_decay)
+        state = train_gpt.TrainState(model, optimizers, average, bench.layouts["before"])
+        self.trainer = train_gpt.Trainer(state, config, runtime, train_gpt.Log(False),
+                                         train_gpt.Clock())
+
+    def step(self, windows: torch.Tensor, layout: Layout):
+        self.trainer.update(windows, layout, RATES)
+        self.trainer.state.average.update()
+
+    def optimize(self):
+        optimizers = self.trainer.state.optimizers
+        optimizers.reduce_and_clip()
+        optimizers.step(RATES)
+        self.trainer.state.average.update()
+
+
+class Plain:
+    """A straightforward trainer of the same model."""
+
+    def __init__(self, bench: Bench):
+        c, self.config, self.runtime = bench.config, bench.config, bench.runtime
+        self.model = bench.model()
+        self.mean_loss = bench.runtime.compile(self.model.mean_loss)
+        self.micro = train_gpt.micro_batch_sequences(c, 1)
+        groups = train_gpt.partition(self.model)
+        self.matrices = groups[Role.MATRIX]
+        self.buffers = [torch.zeros_like(p) for p in self.matrices]
+        self.shadow = [p.detach().float().clone() for p in self.model.parameters()]
+        self.adamw = torch.optim.AdamW(
+            [dict(params=groups[Role.EMBED], lr=c.tied_embed_lr, weight_decay=c.embed_wd),
+             dict(params=groups[Role.CONTROL], lr=c.scalar_lr, weight_decay=c.adam_wd)],
+            betas=(c.beta1, c.beta2), eps=c.adam_eps)
+
+    def step(self, windows: torch.Tensor, layout: Layout) -> float:
+        self.model.zero_grad()
+        parts, total = windows.split(self.micro), 0.0
+        for part in parts:
+            inputs, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
+            loss = self.mean_loss(inputs, targets, layout) / len(parts)
+            loss.backward()
+            total += loss.item()
+        self.optimize()
+        return total
+
+    @torch.no_grad()
+    def optimize(self):
+        c = self.config
+        for p in self.model.parameters():
+            if p.grad is None:  # a skip row that acts in the other layout only
+                p.grad = torch.zeros_like(p)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip_norm)
+        for i, p in enumerate(self.matrices):
+            weight, self.buffers[i] = plain.muon_step(
+                p, p.grad, self.buffers[i], c.matrix_lr, RATES.muon_momentum, c.muon_wd,
+                c.muon_backend_steps, self.runtime.compute_dtype)
+            p.copy_(weight)
+        self.adamw.step()
+        for i, p in enumerate(self.model.parameters()):
+            self.shadow[i] = plain.ema_step(self.shadow[i], p.float(), c.ema_decay)
+
+
+# ---- timing --------------------------------------------------------------------------------
+
+
+def seconds_of(bench: Bench, call: Callable[[], object], times: int) -> float:
+    """Return the mean seconds of a call, the device's work included."""
+    bench.runtime.synchronize()
+    since = time.perf_counter()
+    for _ in range(times):
+        call()
+    bench.runtime.synchronize()
+    return (time.perf_counter() - since) / times
+
+
+def in_turns(bench: Bench, calls: dict[str, Callable[[], object]],
+             block_steps: int = BLOCK_STEPS) -> dict[str, list[float]]:
+    """Return seconds of each block of each call, after warming all up."""
+    for call in calls.values():
+        seconds_of(bench, call, WARM_STEPS)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    blocks = 3 if bench.tiny else BLOCKS
+    for _ in range(blocks):
+        for name, call in calls.items():
+            taken[name].append(seconds_of(bench, call, 2 if bench.tiny else block_steps))
+    return taken
+
+
+def stepper(side: Ours | Plain, windows: torch.Tensor, layout: Layout,
+            names=()) -> Callable[[], object]:
+    """Return a call that makes one step of a side, with the named candidates in the script.
+
+    They must be in it at each call, and at no other side's: compiled code checks what it was
+    traced from, and would be compiled anew.
+    """
+    def call():
+        with swapped(train_gpt, names):
+            side.step(windows, layout)
+    return call
+
+
+def free(bench: Bench):
+    """Give memory of what is no longer used back to the device."""
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---- sections ------------------------------------------------------------------------------
+
+
+def step(bench: Bench):
+    """Whole steps at both depths: ours and plain."""
+    free(bench)
+    windows = bench.windows(bench.config.step_windows)
+    sides: dict[str, Ours | Plain] = {}
+    for name, side in (("ours", Ours), ("plain", Plain)):
+        sides[name] = side(bench)
+        for depth, layout in bench.layouts.items():
+            since = time.perf_counter()
+            seconds_of(bench, stepper(sides[name], windows, layout), 1)
+            bench.tell("compile", side=name, depth=depth, seconds=time.perf_counter() - since)
+    for depth, layout in bench.layouts.items():
+        taken = in_turns(bench, {name: stepper(side, windows, layout)
+                                 for name, side in sides.items()})
+        median = {name: statistics.median(spent) for name, spent in taken.items()}
+        for name, seconds in median.items():
+            rate = bench.flops(layout) / seconds
+            bench.tell("step", side=name, depth=depth, layers=len(layout.order),
+                       ms=1000 * seconds, low_ms=1000 * min(taken[name]),
+                       high_ms=1000 * max(taken[name]), tflops=rate / 1e12,
+                       roof_share=rate / bench.roof,
+                       tokens_per_second=bench.config.train_batch_tokens / seconds)
+        bench.tell("speedup", depth=depth, ours_over_plain=median["plain"] / median["ours"])
+
+
+def memory(bench: Bench):
+    """Peak memory of one side alone, a few steps at the greater depth."""
+    if bench.device.type != "cuda":
+        bench.tell("memory", skipped="on a CPU the process has one peak for all")
+        return
+    windows = bench.windows(bench.config.step_windows)
+    for name, side in (("ours", Ours), ("plain", Plain)):
+        free(bench)
+        one = side(bench)
+        for _ in range(2):
+            one.step(windows, bench.layouts["after"])
+        allocated, reserved = bench.runtime.peak_memory_mib()
+        bench.tell("memory", side=name, allocated_mib=allocated, reserved_mib=reserved)
+        del one
+
+
+def parts(bench: Bench):
+    """The optimizer with clipping and average, of both sides, and the loader."""
+    free(bench)
+    sides = {"ours": Ours(bench), "plain": Plain(bench)}
+    for side in sides.values():
+        model = side.model if isinstance(side, Plain) else side.trainer.state.model
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad.normal_(0.0, 1e-3)
+    taken = in_turns(bench, {name: side.optimize for name, side in sides.items()})
+    for name, spent in taken.items():
+        bench.tell("optimizer", side=name, ms=1000 * statistics.median(spent))
+    del sides
+    free(bench)
+    c = bench.config
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "fineweb_train_000000.bin")
+        count = 4 * c.train_batch_tokens + 1
+        head = np.zeros(256, "<i4")
+        head[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, count
+        tokens = np.random.default_rng(0).integers(0, c.vocab_size, count).astype("<u2")
+        path.write_bytes(head.tobytes() + tokens.tobytes())
+        shards = train_gpt.ShardSet([path], c.train_seq_len)
+        loader = train_gpt.Loader(shards, c, bench.runtime)
+        steps = iter(range(10 ** 9))
+        spent = in_turns(bench, {"loader": lambda: loader.batch(next(steps))})["loader"]
+        loader.close()
+    bench.tell("loader", ms=1000 * statistics.median(spent), batch_tokens=c.train_batch_tokens)
+
+
+def plain_sliding(bench: Bench, logits_of, text: train_gpt.Validation) -> float:
+    """Return the nats of a text by the obvious loop: whole windows' logits, cut on the host."""
+    c, total = bench.config, 0.0
+    windows = plain.sliding_windows(len(text.target_bytes), c.eval_seq_len, c.eval_stride)
+    tokens = torch.from_numpy(np.pad(text.tokens.astype(np.int64), (0, c.eval_seq_len)))
+    with torch.inference_mode():
+        for at in range(0, len(windows), c.eval_batch_windows):
+            some = windows[at:at + c.eval_batch_windows]
+            rows = [tokens[start:start + c.eval_seq_len + 1] for start, _ in some]
+            rows += [rows[-1]] * (c.eval_batch_windows - len(rows))  # one static shape
+            batch = torch.stack(rows).to(bench.device)
+            logits = logits_of(batch[:, :-1].contiguous(), bench.layouts["after"])
+            losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(),
+                                     reduction="none").view(len(rows), -1).double()
+            for row, (start, scored) in enumerate(some):
+                total += losses[row, scored[0] - start:scored[-1] - start + 1].sum().item()
+    return total
+
+
+def evaluation(bench: Bench):
+    """Sliding windows over a stretch of text: ours and the plain loop, which must agree."""
+    free(bench)
+    c, model = bench.config, bench.model()
+    count = c.eval_seq_len + c.eval_stride * (c.eval_batch_windows * (2 if bench.tiny else 8))
+    tokens = bench.windows(-(-count // c.train_seq_len))[:, :-1].flatten()[:count + 1]
+    tokens = tokens.cpu().numpy().astype(np.uint16)
+    count = len(tokens) - 1
+    text = train_gpt.Validation(tokens, np.ones(count, np.uint16), count, "table", count, count, "")
+    windows = c.eval_seq_len, c.eval_stride, c.eval_batch_windows
+    losses, logits = (bench.runtime.compile(f) for f in (model.token_losses, model.logits))
+    nats = {}
+
+    def ours():
+        found = train_gpt.score(lambda x, y: losses(x, y, bench.layouts["after"]), text, windows,
+                                bench.runtime)
+        nats["ours"] = found.nats
+
+    def obvious():
+        nats["plain"] = plain_sliding(bench, logits, text)
+
+    for call in (ours, obvious):  # compile
+        call()
+    taken = {name: [] for name in ("ours", "plain")}
+    for _ in range(3):
+        for name, call in (("ours", ours), ("plain", obvious)):
+            taken[name].append(seconds_of(bench, call, 1))
+    median = {name: statistics.median(spent) for name, spent in taken.items()}
+    for name, seconds in median.items():
+        bench.tell("evaluation", side=name, scored_tokens_per_second=count / seconds,
+                   seconds=seconds, nats=nats[name])
+    bench.tell("speedup", evaluation=median["plain"] / median["ours"],
+               relative_difference=abs(nats["ours"] / nats["plain"] - 1))
+
+
+def artifact(bench: Bench):
+    """GPTQ and packing of a random model, with Hessians of random inputs."""
+    free(bench)
+    model, hessians = bench.model(), {}
+    weights = {name: p.detach().float() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if p.role is not Role.CONTROL and p.ndim == 2:
+            inputs = torch.randn(2 * p.shape[1], p.shape[1], device=bench.device)
+            hessians[name] = inputs.T @ inputs / len(inputs)
+    made = []
+    factor = seconds_of(bench, lambda: made.append(
+        train_gpt.Quantizer(weights, hessians, bench.config, bench.device)), 1)
+    quantizer, multipliers = made[0], iter((1.0, 1.1, 1.2, 1.3))
+    codes = seconds_of(bench, lambda: quantizer.codes_at(next(multipliers)), 2)
+    bench.tell("gptq", factor_seconds=factor, codes_seconds=codes,
+               weights=sum(w.numel() for w in weights.values()))
+    tensors, packed = quantizer.tensors_at(next(multipliers)), []
+    spent = seconds_of(bench, lambda: packed.append(
+        train_gpt.pack_tensors({}, tensors, bench.config.compressor)), 1)
+    bench.tell("packing", codec=bench.config.compressor, seconds=spent, bytes=len(packed[0]))
+
+
+def candidates(bench: Bench):
+    """Ours with each waiting kernel, and with all, against ours as it is: keep or drop."""
+    if bench.device.type != "cuda":
+        bench.tell("candidates", skipped="they need a GPU")
+        return
+    free(bench)
+    windows, layout = bench.windows(bench.config.step_windows), bench.layouts["after"]
+    base = Ours(bench)
+    for names in ([], list(CANDIDATES), *([name] for name in CANDIDATES)):
+        with swapped(train_gpt, names):
+            side = Ours(bench)
+        calls = {"base": stepper(base, windows, layout),
+                 "with": stepper(side, windows, layout, names)}
+        taken = in_turns(bench, calls, block_steps=5)
+        before, after = (statistics.median(taken[name]) for name in calls)
+        saved, spread = 1 - after / before, (max(taken["base"]) - min(taken["base"])) / before
+        verdict = "keep" if saved >= max(0.01, spread) else "drop"
+        bench.tell("swap", candidate="+".join(names) or "none (the same twice)",
+                   base_ms=1000 * before, with_ms=1000 * after, saved_share=saved,
+                   spread_share=spread, verdict=verdict if names else "-")
+        del side, calls
+        free(bench)
+
+
+SECTIONS = {f.__name__: f for f in (step, memory, candidates, evaluation, parts, artifact)}
+
+
+def chosen(text: str) -> Iterator[Callable[[Bench], None]]:
+    """Yield the sections named in a list with commas; SystemExit names an unknown one."""
+    for name in text.split(","):
+        if name not in SECTIONS:
+            sys.exit(f"--sections {name}: no such section; there are {', '.join(SECTIONS)}")
+        yield SECTIONS[name]
+
+
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on the CPU")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
+    parser.add_argument("--rows", type=Path, help="append every row to this file, as JSON")
+    options = parser.parse_args(argv)
+    sections = list(chosen(options.sections))
+    torch.manual_seed(0)
+    bench = Bench(options.tiny, options.rows)
+    if bench.device.type == "cpu" and not options.tiny:
+        print("no GPU: full sizes take hours on a CPU; --tiny takes seconds", file=sys.stderr)
+    with bench.scope:
+        for section in sections:
+            section(bench)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""The speed measurements run on a CPU too, at toy size: they cannot rot until a GPU is there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_step
+import pytest
+
+SCRIPT = Path(bench_step.__file__)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of a tiny run, by kind."""
+    path = tmp_path_factory.mktemp("bench") / "rows.jsonl"
+    done = subprocess.run([sys.executable, str(SCRIPT), "--tiny", "--rows", str(path)], text=True,
+                          capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        assert row["row"] in done.stdout
+        found.setdefault(row["row"], []).append(row)
+    return found
+
+
+def test_both_sides_are_timed_at_both_depths(rows):
+    assert {(r["side"], r["depth"], r["layers"]) for r in rows["step"]} == {
+        (side, depth, layers) for side in ("ours", "plain")
+        for depth, layers in (("before", 4), ("after", 6))}
+    for row in rows["step"]:
+        assert row["low_ms"] <= row["ms"] <= row["high_ms"]
+        assert row["tokens_per_second"] == pytest.approx(512e3 / row["ms"], rel=1e-3)
+        assert 0 < row["roof_share"] < 1
+    by_depth = {(r["side"], r["depth"]): r["ms"] for r in rows["step"]}
+    for row in rows["speedup"][:2]:
+        ours, plain = (by_depth[side, row["depth"]] for side in ("ours", "plain"))
+        assert row["ours_over_plain"] == pytest.approx(plain / ours, rel=1e-3)
+
+
+def test_evaluation_of_both_sides_gives_one_sum(rows):
+    assert rows["speedup"][-1]["relative_difference"] < 1e-6
+
+
+def test_every_part_is_timed(rows):
+    assert {r["side"] for r in rows["optimizer"]} == {"ours", "plain"}
+    for kind, field in (("loader", "ms"), ("gptq", "codes_seconds"), ("packing", "seconds")):
+        assert rows[kind][0][field] > 0
+
+
+def test_both_sides_make_the_same_step():
+    """What is compared is the same mathematics: one step, same start, same batch."""
+    bench = bench_step.Bench(tiny=True, rows_path=None)
+    windows = bench.windows(bench.config.step_windows)
+    ours, plain_side = bench_step.Ours(bench), bench_step.Plain(bench)
+    model = ours.trainer.state.model
+    plain_side.model.load_state_dict(model.state_dict())
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for layout in bench.layouts.values():
+        ours.step(windows, layout)
+        plain_side.step(windows, layout)
+    for (name, p), q in zip(model.named_parameters(), plain_side.model.parameters(), strict=True):
+        moved = (p - start[name]).norm()
+        assert (p - q).norm() <= 1e-2 * moved + 1e-7, name
+
+
+def test_unknown_section_is_refused():
+    with pytest.raises(SystemExit, match="--sections stp: no such section; there are step,"):
+        bench_step.main(["--tiny", "--sections", "stp"])
