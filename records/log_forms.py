@@ -7,14 +7,15 @@ below in the same notation, under the kind of event they mean.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from string import Formatter
 from typing import Any, NamedTuple
 
 from product import script
 
 Event = dict[str, Any]
-TAIL = "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
+SHORT = "val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
+EXACT = "val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
 CLOCK = "train_time:{train_time_ms:.0f}ms step_avg:{step_avg_ms:.2f}ms"
 # (kind, template). Sources: PRs #1392 and #1090, and the first baseline, whose lines they keep.
 PUBLISHED = (
@@ -23,7 +24,7 @@ PUBLISHED = (
     ("stopping_early", "stopping_early: wallclock_cap train_time:{train_time_ms:.0f}ms "
                        "step:{step}/{iterations}"),
     ("recurrence", "depth_recurrence:enabled step:{step} layers:{order}"),
-    ("prequant", "DIAGNOSTIC post_ema " + TAIL + " eval_time:{eval_ms:.0f}ms"),
+    ("prequant", "DIAGNOSTIC post_ema " + SHORT + " eval_time:{eval_ms:.0f}ms"),
     ("data", "train_loader:dataset:{dataset} train_shards:{train_shards}"),
     ("val_data", "val_loader:shards pattern={pattern} tokens:{scored_tokens:.0f}"),
     ("settings", "world_size:{world_size:.0f} grad_accum_steps:{grad_accum_steps:.0f}"),
@@ -46,10 +47,8 @@ PUBLISHED = (
     ("artifact", "Serialized model {compressor}: {bytes:.0f} bytes (payload:{payload})"),
     ("total_size", "Total submission size {compressor}: {bytes:.0f} bytes"),
     ("total_size", "Total mixed submission: {bytes:.0f} bytes ({fits})"),
-    ("score", "final_{name} " + TAIL),
-    ("score", "final_{name} " + TAIL + " {how}:{eval_ms:.0f}ms"),
-    ("score", "legal_{name} " + TAIL),
-    ("score", "legal_{name} " + TAIL + " {how}:{eval_ms:.0f}ms"),
+    *(("score", start + tail + end) for start in ("final_{name} ", "legal_{name} ")
+      for tail in (SHORT, EXACT) for end in (" {how}:{eval_ms:.0f}ms", "")),
 )
 # Which event of ours a published score's name means; the first that its name contains.
 SCORE_KINDS = {"sliding": "sliding", "ttt": "ttt", "slot": "slot", "roundtrip": "roundtrip"}
@@ -65,24 +64,42 @@ SYSTEM_MARKS = (
 # A line that starts like one with a number the reader needs; unless a form fits, it is damaged.
 SPOILT = re.compile(r"(?:step:)?\d+/\d+ (?:train|val)_loss:|final_\w+ val_loss|Code size: |"
                     r"Serialized model|Total submission|pre-quantization |stopping_early: ")
-NUMBER = r"(-?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|inf)|nan)"
+NUMBER = r"(-?(?:\d+(?:\.\d+)?(?:[eE][+-]?\d+)?|inf)|nan)"
 RANK_TAG = re.compile(rb"\[(?:rank|default)?(\d+)\]: ?")
 SETTING = re.compile(r"  ([a-z][a-z0-9_]*): ?(.*)")
-# Fields of words between words: what they can be.
-WORDS = {"outcome": "(ok|OVER THE LIMIT)"}
+# Fields printed without a format are one word or a list, so that the halves of two lines broken
+# into each other are not read as one; but for these.
+WORDS = {"outcome": "(ok|OVER THE LIMIT)", **dict.fromkeys(
+    ("text", "error", "rule", "path", "pattern", "dataset", "compressor", "what", "how", "payload"),
+    "(.+?)")}
 
 
 class Form(NamedTuple):
-    """One readable line: its kind, literal start, whole pattern, and a reader per field."""
+    """One readable line: its kind, literal start, whole pattern, and a reader per field.
+
+    open_ended: a part of such a line can look like a whole one.
+    """
 
     kind: str
     prefix: str
     pattern: re.Pattern
     fields: tuple[tuple[str, Callable[[str], Any]], ...]
+    open_ended: bool
 
 
 def number(text: str) -> int | float:
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def number_form(spec: str) -> tuple[str, Callable[[str], Any]]:
+    """Return pattern and reader of a number printed as `spec` says: ".4f" has four decimals."""
+    decimals = re.fullmatch(r"\.([1-9])f", spec)
+    if decimals:
+        return rf"(-?(?:\d+\.\d{{{decimals[1]}}}|inf)|nan)", float
+    return NUMBER, number
 
 
 def literal(text: str) -> Any:
@@ -118,11 +135,14 @@ def form_of(kind: str, template: str) -> Form:
     for text, name, spec, _ in Formatter().parse(template):
         pattern += re.escape(text)
         if name:
-            pattern += NUMBER if spec else WORDS.get(name, "(.*?)")
-            reader: Callable[[str], Any] = WHOLE_TEXTS.get(name, literal)
-            fields.append((name, number if spec else reader))
+            free = "(.*)" if name.startswith("text_") else r"(\S+|\[[\d, ]*\])"
+            words = WORDS.get(name, free), WHOLE_TEXTS.get(name, literal)
+            part, reader = number_form(spec) if spec else words
+            pattern += part
+            fields.append((name, reader))
     prefix = template.split("{")[0]
-    return Form(kind, prefix, re.compile(pattern), tuple(fields))
+    open_ended = template.endswith("}") and not re.search(r"\.[1-9]f}$", template)
+    return Form(kind, prefix, re.compile(pattern), tuple(fields), open_ended)
 
 
 def table() -> dict[str, list[Form]]:
@@ -136,6 +156,14 @@ def table() -> dict[str, list[Form]]:
     return by_start
 
 
+def gate(prefixes: Iterable[str]) -> Callable[[bytes], object]:
+    """Return a quick test that lets through every line worth a closer look, and few others."""
+    words = sorted({re.escape(prefix[:12]) for prefix in prefixes if prefix})
+    special = (r"Hyperparameters:", r'\{"device": ', r"\d+/\d+ (?:train|val)_", r"\r?\x1b\[K",
+               RANK_TAG.pattern.decode())
+    return re.compile("|".join((*words, *special)).encode()).match
+
+
 class LineReader:
     """Turns lines of a text log into events; an object, since a settings block spans lines.
 
@@ -145,15 +173,15 @@ class LineReader:
 
     def __init__(self) -> None:
         self.forms = table()
-        self.starts = frozenset(ord(start) for start in (*self.forms, *"H{[\r\x1b0123456789"))
+        self.gate = gate(form.prefix for forms in self.forms.values() for form in forms)
         self.spoilt, self.first_spoilt, self.foreign_ranks = 0, 0, 0
-        self.in_settings, self.line_number = False, 0
+        self.in_settings, self.line_number, self.considered = False, 0, 0
         self.seen: set[str] = set()  # literal starts of the lines understood
 
     def read(self, raw: bytes) -> Event | None:
         """Return the event that a line tells, or None."""
         self.line_number += 1
-        if not self.in_settings and (not raw or raw[0] not in self.starts):
+        if not self.in_settings and not self.gate(raw):
             return None
         if b"\x1b[K" in raw:  # a progress display shared the console
             raw = raw.rpartition(b"\x1b[K")[2]
@@ -162,11 +190,13 @@ class LineReader:
                 self.foreign_ranks += 1
                 return None
             raw = raw[tag.end():]
-        return self.read_text(raw.decode("utf-8", "replace").rstrip())
+        self.considered += 1
+        return self.read_text(raw.decode("utf-8", "replace").rstrip(), raw.endswith(b"\n"))
 
-    def read_text(self, line: str) -> Event | None:
+    def read_text(self, line: str, ended: bool) -> Event | None:
+        """Return a line's event; one that was not `ended` may have lost its last characters."""
         if self.in_settings:
-            if setting := SETTING.fullmatch(line):
+            if ended and (setting := SETTING.fullmatch(line)):
                 return {"event": "settings", setting[1]: setting[2]}
             self.in_settings = False
         if line == "Hyperparameters:":
@@ -177,7 +207,8 @@ class LineReader:
             return self.whole("environment", json.loads, line)
         start = "0" if line[:1].isdigit() else line[:1]
         for form in self.forms.get(start, ()):
-            if line.startswith(form.prefix) and (found := form.pattern.fullmatch(line)):
+            if line.startswith(form.prefix) and (ended or not form.open_ended) \
+                    and (found := form.pattern.fullmatch(line)):
                 return self.event_of(form, found.groups())
         if SPOILT.match(line):
             self.count_spoilt()

@@ -19,6 +19,7 @@ from product import script
 
 CAP_BYTES = 16_000_000
 MAX_LINE_BYTES, MAX_SOURCE_BYTES = 1 << 20, 4 << 20
+MAX_EVENTS = 250_000  # a run prints some ten thousand; what comes after so many is left out
 SCORES = ("prequant", "prequant_sliding", *SCORE_KINDS.values())
 RULER = b"=" * 100  # what published scripts print around their own source
 # Events of which a run has one; two that differ are a contradiction.
@@ -158,6 +159,15 @@ def same(old: Any, new: Any) -> bool:
     return old == new
 
 
+def both_settings(earlier: dict[str, str], later: dict[str, str]) -> dict[str, str]:
+    """Return the settings of a run whose later stage was started alone: each from its own stage."""
+    stages, knobs = script().STAGES, script().KNOBS
+    first = stages.index(later["stage"]) if later.get("stage") in stages else 0
+    own = {name: value for name, value in later.items()
+           if name in knobs and knobs[name].metadata["stage"] in stages[first:]}
+    return {**later, **earlier, **own}
+
+
 @dataclass
 class Session:
     """The events of one start of a script, series by step."""
@@ -174,8 +184,19 @@ class Session:
         return bool(self.train or self.validations or {"artifact", "result"} & self.last.keys())
 
     @property
-    def trains(self) -> bool:
-        return self.settings.get("stage", "all") in ("all", "train")
+    def is_new_run(self) -> bool:
+        """Whether this trains from its first step on, rather than going on with an earlier one."""
+        return self.settings.get("stage") not in ("quantize", "evaluate") \
+            and "resumed" not in self.last
+
+    def continued_by(self, later: "Session") -> "Session":
+        """Return this session with a later part of the same run behind it."""
+        ended = {"failed", "interrupted"}
+        before = {kind: event for kind, event in self.last.items() if kind not in ended}
+        return Session({**before, **later.last}, both_settings(self.settings, later.settings),
+                       {**self.train, **later.train}, {**self.validations, **later.validations},
+                       {**self.verdicts, **later.verdicts},
+                       {**self.contradictions, **later.contradictions})
 
     def add(self, event: Event) -> None:
         kind = event["event"]
@@ -201,7 +222,7 @@ class Session:
         if step is None:
             return
         first = points.setdefault(step, event)
-        if not same(first.get(name), event.get(name)):
+        if first is not event and not same(first.get(name), event.get(name)):
             self.contradictions.setdefault(f"{name} at step {step}",
                                            f"{first.get(name)} and {event.get(name)}")
             points[step] = {**first, name: None, "val_bpb": None}
@@ -256,13 +277,13 @@ class Collector:
         """Return the last training with the later stages that were logged behind it."""
         kept = self.sessions[0]
         for later in self.sessions[1:]:
-            if later.trains:
+            if later.is_new_run:
                 self.warnings.append("the file holds several runs; this is the last one")
                 kept = later
             else:
-                kept = Session({**kept.last, **later.last}, {**later.settings, **kept.settings},
-                               kept.train, kept.validations, {**kept.verdicts, **later.verdicts},
-                               {**kept.contradictions, **later.contradictions})
+                kept = kept.continued_by(later)
+        if "resumed" in kept.last:
+            self.warnings.append("the run was interrupted and resumed")
         return kept
 
     def run(self, path: Path, form: str, system: str) -> Run:
@@ -274,7 +295,7 @@ class Collector:
         if run.source_sha256 is None and run.sizes.code is not None:
             # a text as long as the logged code is that code; nothing less shows it to be whole
             run.source_sha256 = self.texts.found.get(run.sizes.code)
-        run.warnings += self.warnings
+        run.warnings += dict.fromkeys(self.warnings)
         run.warnings += [f"{what}: the log says both {said}: lines of several ranks or runs are "
                          "mixed" for what, said in list(session.contradictions.items())[:5]]
         run.missing = missing_of(run)
@@ -286,11 +307,13 @@ def fill_identity(run: Run, session: Session) -> None:
     """Who ran what on which data and machine."""
     last, result = session.last, session.last.get("result", {})
     run.config = {name: text for name, text in session.settings.items() if text is not None}
-    run.overrides = dict(last.get("overrides", {}).get("values") or {})
+    values = last.get("overrides", {}).get("values")
+    run.overrides = {name: str(value) for name, value in values.items()} \
+        if isinstance(values, dict) else {}
     seed = run.config.get("seed", "")
     run.seed = int(seed) if seed.lstrip("-").isdigit() else whole(result, "seed")
     run.run_id = run.config.get("run_id") or result.get("run_id")
-    run.source_sha256 = last.get("source", {}).get("sha256")
+    run.source_sha256 = last.get("source", {}).get("sha256") or result.get("code_sha256")
     run.parameters = whole(last.get("parameters"), "count")
     run.environment = fields_of(last.get("environment"))
     train, text = last.get("data", {}), last.get("val_counts", {})
@@ -298,7 +321,8 @@ def fill_identity(run: Run, session: Session) -> None:
                   train_tokens=train.get("tokens"), train_sha256=train.get("sha256"),
                   val_tokens=text.get("scored_tokens",
                                       last.get("val_data", {}).get("scored_tokens")),
-                  val_bytes=text.get("scored_bytes"), val_sha256=text.get("sha256"))
+                  val_bytes=text.get("scored_bytes"),
+                  val_sha256=text.get("sha256", result.get("val_sha256")))
     run.data = {name: value for name, value in stated.items() if value is not None}
     run.events = last
     run.peak_memory_mib = whole(last.get("peak_memory"), "allocated_mib")
@@ -377,13 +401,14 @@ def fill_scores(run: Run, session: Session) -> None:
     artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
     if artifact is not None and code is not None and total not in (None, artifact + code):
         run.warnings.append(f"total of {total} bytes is not artifact {artifact} + code {code}")
+    stopped = {"failed", "interrupted"} & last.keys()
     if "failed" in last:
         run.warnings.append(f"the run failed: {last['failed'].get('error')}")
     # ours ends in a result; published ones in the score of the packed model, after its size
     ends = "result" in last if run.system == "ours" else run.sizes.total is not None
     wanted = "roundtrip" if run.config.get("sliding_window_enabled") == "0" or \
         run.system in ("#1090", "baseline family") else "sliding"
-    run.complete = ends and "failed" not in last and (run.system == "ours" or
+    run.complete = ends and not stopped and (run.system == "ours" or
                                                       run.bpb(wanted) is not None)
 
 
@@ -434,7 +459,10 @@ def plain_lines(path: Path) -> Iterator[bytes]:
 def read_events(path: Path) -> Run:
     """Read an events.jsonl."""
     collector, kinds, damaged, foreign = Collector(), script().EVENTS, 0, 0
-    for raw in plain_lines(path):
+    for count, raw in enumerate(plain_lines(path)):
+        if count == MAX_EVENTS:
+            collector.warnings.append(f"only the first {MAX_EVENTS:,} lines were read")
+            break
         try:
             event = json.loads(raw)
             kind = event["event"]
@@ -463,6 +491,10 @@ def read_text(path: Path) -> Run:
             collector.texts.feed(raw)
         if event:
             collector.add(event)
+        if reader.considered >= MAX_EVENTS:
+            collector.warnings.append(f"only {MAX_EVENTS:,} lines of a training run were read, up "
+                                      f"to line {reader.line_number:,}")
+            break
     if not reader.seen:
         raise LogError(f"{path}: none of its {reader.line_number} lines is one that a training "
                        "run prints; give a .txt or .log file, an events.jsonl, or a run's folder")
