@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -205,6 +206,7 @@ class Product:
         self.tokenizer = out / "tokenizers" / f"{name}.model"
         self.progress_path = self.folder / "progress.json"
         self.manifest_path = self.folder / "manifest.json"
+        self.shuffle_folder = self.folder / "shuffle.part"
         self.progress = Progress({})
 
     @contextlib.contextmanager
@@ -260,6 +262,7 @@ class Product:
             self.progress = Progress(settings)
             self.save()  # from here on what lies in the folder is ours to remove
         self.manifest_path.unlink(missing_ok=True)
+        shutil.rmtree(self.shuffle_folder, ignore_errors=True)
         for path in [*self.folder.glob("fineweb_*.bin"), *self.folder.glob("*.bin.part")]:
             if path.name not in self.progress.files:
                 path.unlink()
@@ -509,7 +512,7 @@ def build(args: argparse.Namespace, product: Product, files: list[Path], source:
         if args.shuffle_seed is not None:
             text_bytes = sum(path.stat().st_size * (TEXT_PER_PACKED_BYTE if path.suffix in
                                                     PACKED_SUFFIXES else 1) for path in files)
-            train = shuffled(train, args.shuffle_seed, product.folder / "shuffle.part", text_bytes)
+            train = shuffled(train, args.shuffle_seed, product.shuffle_folder, text_bytes)
         write_part(encoder, product, train, args.shard_tokens)
     shards.write_atomic(product.manifest_path, json_bytes(make_manifest(product, processor)))
     product.progress_path.unlink()
