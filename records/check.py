@@ -140,7 +140,7 @@ def complete(record: Record) -> Verdict:
     faults += [f"{run.path.name}: logs seed {run.seed}" for seed, run in record.logs.items()
                if run.seed != seed]
     faults += [f"{run.path.name}: {warning}" for run in record.runs for warning in run.warnings]
-    return verdict("every seed complete", faults + ["no log"] * (not record.logs),
+    return verdict("every seed complete", faults or ["no log"] * (not record.logs),
                    f"seeds {', '.join(map(str, record.logs))}")
 
 
@@ -379,9 +379,10 @@ def legality(record: Record) -> Verdict:
     return verdict("legality statement", faults, f"{len(stated)} conditions")
 
 
-RULES = (files_present, folder_name, schema, complete, enough_seeds, one_configuration, code_ran,
-         json_agrees, readme_agrees, events_agree, sizes, cap, train_time, eval_time, machine,
-         significance, coverage, byte_fingerprint, legality, compiles, imports_alone)
+FOLDER_RULES = (files_present, folder_name, schema, complete, enough_seeds, legality, compiles,
+                imports_alone)
+LOG_RULES = (one_configuration, code_ran, json_agrees, readme_agrees, events_agree, sizes, cap,
+             train_time, eval_time, machine, significance, coverage, byte_fingerprint)
 
 
 def evaluate(record: Record, artifact: Path) -> Verdict:
@@ -444,7 +445,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def judgements(record: Record, artifacts: Sequence[Path]) -> list[Verdict]:
     """Return a verdict per rule."""
-    found = [rule(record) for rule in RULES]
+    found = [rule(record) for rule in FOLDER_RULES]
+    if not record.logs:
+        return [*found, Verdict("all that logs show", "n/a", "no log can be read")]
+    found += [rule(record) for rule in LOG_RULES]
     if not artifacts:
         note = "give --evaluate ARTIFACT to have it scored again"
         return [*found, Verdict("artifact scores the same", "n/a", note)]
