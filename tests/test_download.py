@@ -1,5 +1,6 @@
 """Laws of the download tool, with the real huggingface_hub client against a local hub."""
 
+import errno
 import json
 import os
 import re
@@ -327,6 +328,30 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, fetch):
     code, told = fetch()
     assert code == 1 and re.search(r"need 100000000\.\d+ GB, have [\d.]+ GB free", told)
     assert not [r for r in hub.downloads() if r.path.startswith("/storage/")]
+
+
+def test_a_disk_that_fills_up_is_told_and_what_came_stays(hub, fetch, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4_000)
+    write = download.PartFile.write
+
+    def full(self, chunk):
+        if self.file.tell() >= 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, chunk)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(download.PartFile, "write", full)
+        code, told = fetch("--train-shards", 0)
+    assert code == 1 and os.strerror(errno.ENOSPC) in told and "Traceback" not in told
+    assert (tmp_path / (VAL + ".part")).stat().st_size == 20_000
+    assert fetch("--train-shards", 0)[0] == 0 and hub.downloads()[-1].range == "bytes=20000-"
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(hub, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert download.main(["--data-dir", str(tmp_path / "file")]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path / "file") in told and len(told.splitlines()) == 1
 
 
 def test_what_is_listed_but_not_hosted_is_said(hub, fetch, monkeypatch):
