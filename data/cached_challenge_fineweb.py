@@ -207,11 +207,15 @@ def part_of(path: Path) -> Path:
 
 def sort_out(wanted: list[Wanted], record: Record, rehash: bool, jobs: int) -> list[Wanted]:
     """Return the files that must be fetched; what is here already is compared and noted."""
-    def is_here(item: Wanted) -> bool:
+    here = [item for item in wanted if (record.root / item.key).is_file()]
+    unsure = {item for item in here if rehash or not record.holds(item.key, item.remote.announced)}
+    if unsure:
+        size_bytes = sum((record.root / item.key).stat().st_size for item in unsure)
+        say(f"hashing {len(unsure)} files that are here, {gigabytes(size_bytes)}")
+
+    def is_right(item: Wanted) -> bool:
         path = record.root / item.key
-        if not path.is_file():
-            return False
-        if rehash or not record.holds(item.key, item.remote.announced):
+        if item in unsure:
             if fault := difference(path, item.remote):
                 say(f"{path}: {fault}; it will be replaced")
                 return False
@@ -221,7 +225,8 @@ def sort_out(wanted: list[Wanted], record: Record, rehash: bool, jobs: int) -> l
         return True
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [item for item, here in zip(wanted, pool.map(is_here, wanted)) if not here]
+        right = {item for item, is_kept in zip(here, pool.map(is_right, here)) if is_kept}
+    return [item for item in wanted if item not in right]
 
 
 def check_disk(missing: list[Wanted], root: Path) -> int:
@@ -299,6 +304,8 @@ class Fetcher:
         if fault := header_fault(part):
             part.unlink()
             raise DownloadError(f"{path}: {fault}: the copy on the hub itself is broken")
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it has the name, should the power fail
         os.replace(part, path)
         self.record.add(item)
 
@@ -436,7 +443,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="only the first N training shards, 200 MB each (all); 0: validation "
                         "alone")
     parser.add_argument("--with-docs", action="store_true",
-                        help="also the documents as text, 48 GB")
+                        help="also the documents as text, "
+                        f"{catalogue.DOCUMENTS.size_bytes / 1e9:.0f} GB")
     parser.add_argument("--skip-manifest", action="store_true",
                         help="do not read the repository's manifest.json; paths come from the "
                         "catalogue")

@@ -12,7 +12,6 @@ WINDOW_TOKENS = 2048  # published scripts score whole windows of this length
 DEFAULT_VARIANT = "sp8192"
 REMOTE_PREFIX = "datasets"  # folder of a repository that holds everything below
 MANIFEST_NAME = "manifest.json"  # beside the folders datasets/ and tokenizers/ of a repository
-NUM_VAL_DOCUMENTS = 50_000  # the first of the list; any other number leaks into training (#2127)
 UNKNOWN = "UNKNOWN"
 
 
@@ -46,7 +45,6 @@ class DocumentList(NamedTuple):
     source_manifest: str
     size_bytes: int
     sha256: str
-    documents: int
 
 
 CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
@@ -70,7 +68,7 @@ VARIANTS = {variant.name: variant for variant in (
 )}
 DOCUMENTS = DocumentList(
     "willdepueoai/parameter-golf", "docs_selected.jsonl", "docs_selected.source_manifest.json",
-    48_166_275_520, "84386dfa7b339a5d4831d5273c4a2028b78b60670d3a235633a8520545d19bc7", 15_368_808)
+    48_166_275_520, "84386dfa7b339a5d4831d5273c4a2028b78b60670d3a235633a8520545d19bc7")
 
 
 def find_variant(name: str) -> Variant:

@@ -1,6 +1,7 @@
 """Laws of data/verify.py: sound shards pass, and each kind of damage is named."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,6 +264,16 @@ def test_missing_files_are_one_clear_line(corpus, tmp_path, capsys, text, named)
     assert verify.main([str(folder)]) == 1
     told = capsys.readouterr()
     assert named in told.err and len(told.err.splitlines()) == 1
+
+
+def test_help_works_without_any_package():
+    code = "import sys; sys.modules.update(numpy=None, sentencepiece=None)\n" \
+           f"import runpy; sys.path.insert(0, {str(REPO / 'data')!r})\n" \
+           f"runpy.run_path({str(REPO / 'data' / 'verify.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], text=True, capture_output=True)
+    assert done.returncode == 0 and "--max-shared" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 1 and "pip install" in done.stderr
 
 
 # ---- the quick ways against the obvious ones ---------------------------------------------------
