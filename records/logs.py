@@ -530,6 +530,6 @@ def read_run(path: str | Path) -> Run:
         run = read_events(log) if is_events else read_text(log)
     except OSError as error:
         raise LogError(f"{log}: cannot be read ({error.strerror or error})") from error
-    if not (run.events or run.train or run.validations):
+    if not (run.events or run.train or run.validations or run.config):
         raise LogError(f"{log}: holds no event of a training run; give another file")
     return run

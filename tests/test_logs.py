@@ -326,7 +326,8 @@ def test_no_bytes_crash_the_reader(noise, data, tmp_path):
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-10 ** 20, 10 ** 20) | st.floats() | st.text(max_size=4),
+    st.none() | st.booleans() | st.integers(-10 ** 20, 10 ** 20) | st.floats()
+    | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=2)
     | st.dictionaries(st.text(max_size=5), inner, max_size=2), max_leaves=4)
 
