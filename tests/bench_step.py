@@ -2,11 +2,12 @@
 
     python tests/bench_step.py [--tiny] [--sections step,parts,...] [--rows FILE.jsonl]
 
-Sections, most important first: `step` (ours and plain at both depths), `parts` (optimizer, loader),
-`evaluation` (sliding windows), `artifact` (GPTQ, packing), `candidates` (ours with each kernel of
-tests/candidates put in; needs a GPU and Triton). Prints one line a figure as it is found, with the
-share of this device's own matrix rate where that means something; --rows writes them as JSON too.
---tiny takes sizes a CPU finishes in seconds. Not collected by pytest.
+Sections, most important first: `step` (ours and plain at both depths), `memory`, `candidates`
+(ours with each kernel of tests/candidates put in; needs Triton and a GPU, or its interpreter),
+`evaluation` (sliding windows), `parts` (optimizer, loader), `artifact` (GPTQ, packing), `overlay`
+(losses of both sides over 200 steps). Prints one line a figure as it is found, with the share of
+this device's own matrix rate where that means something; --rows writes them as JSON too. --tiny
+takes sizes a CPU finishes in seconds.
 
 The plain side has the same model, compiled alike, with the same attention, and what one writes
 first around it: a parameter is its own tensor, Muon works matrix by matrix (`muon_step` of
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -115,9 +117,10 @@ class Ours:
         self.trainer = train_gpt.Trainer(state, config, runtime, train_gpt.Log(False),
                                          train_gpt.Clock())
 
-    def step(self, windows: torch.Tensor, layout: Layout):
-        self.trainer.update(windows, layout, RATES)
+    def step(self, windows: torch.Tensor, layout: Layout) -> torch.Tensor:
+        loss = self.trainer.update(windows, layout, RATES)
         self.trainer.state.average.update()
+        return loss
 
     def optimize(self):
         optimizers = self.trainer.state.optimizers
@@ -246,6 +249,24 @@ def step(bench: Bench):
         bench.tell("speedup", depth=depth, ours_over_plain=median["plain"] / median["ours"])
 
 
+def overlay(bench: Bench):
+    """Losses of both sides from one start, on the same windows, the depth switched half-way."""
+    free(bench)
+    steps, per_step = 10 if bench.tiny else 200, bench.config.step_windows
+    ours, other = Ours(bench), Plain(bench)
+    other.model.load_state_dict(ours.trainer.state.model.state_dict())
+    windows, far = bench.windows(4 * per_step), []
+    for i in range(steps):
+        layout = bench.layouts["after" if i >= steps // 2 else "before"]
+        some = windows[i % 4 * per_step:][:per_step]
+        a, b = ours.step(some, layout), other.step(some, layout)
+        far.append(float(a) - b)
+        if i % (steps // 10) == 0:
+            bench.tell("overlay", step=i, ours=float(a), plain=b)
+    bench.tell("overlay", steps=steps, mean_difference=statistics.mean(far),
+               largest_difference=max(map(abs, far)))
+
+
 def memory(bench: Bench):
     """Peak memory of one side alone, a few steps at the greater depth."""
     if bench.device.type != "cuda":
@@ -370,13 +391,14 @@ def artifact(bench: Bench):
 
 def candidates(bench: Bench):
     """Ours with each waiting kernel, and with all, against ours as it is: keep or drop."""
-    if bench.device.type != "cuda":
-        bench.tell("candidates", skipped="they need a GPU")
+    if bench.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        bench.tell("candidates", skipped="they need a GPU, or TRITON_INTERPRET=1 with --tiny")
         return
     free(bench)
     windows, layout = bench.windows(bench.config.step_windows), bench.layouts["after"]
     base = Ours(bench)
-    for names in ([], list(CANDIDATES), *([name] for name in CANDIDATES)):
+    alone = [] if bench.tiny else [[name] for name in CANDIDATES]  # the interpreter is slow
+    for names in ([], list(CANDIDATES), *alone):
         with swapped(train_gpt, names):
             side = Ours(bench)
         calls = {"base": stepper(base, windows, layout),
@@ -392,7 +414,7 @@ def candidates(bench: Bench):
         free(bench)
 
 
-SECTIONS = {f.__name__: f for f in (step, memory, candidates, evaluation, parts, artifact)}
+SECTIONS = {f.__name__: f for f in (step, memory, candidates, evaluation, parts, artifact, overlay)}
 
 
 def chosen(text: str) -> Iterator[Callable[[Bench], None]]:
