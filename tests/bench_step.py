@@ -89,8 +89,8 @@ class Bench:
             model = train_gpt.GPT(self.config, self.attend, self.runtime.compute_dtype)
         model.init_weights(0)
         with torch.no_grad():
-            for p in model.parameters():
-                if p.role is Role.MATRIX and not p.any():
+            for p in train_gpt.partition(model)[Role.MATRIX]:
+                if not p.any():
                     p.normal_(0.0, 0.02)
         return model
 
@@ -110,23 +110,23 @@ class Ours:
 
     def __init__(self, bench: Bench):
         config, runtime = bench.config, bench.runtime
-        model = bench.model()
-        optimizers = train_gpt.Optimizers(model, config, runtime)
-        average = train_gpt.Average(optimizers.bank, config.ema_decay)
-        state = train_gpt.TrainState(model, optimizers, average, bench.layouts["before"])
+        self.model = bench.model()
+        optimizers = train_gpt.Optimizers(self.model, config, runtime)
+        self.average = train_gpt.Average(optimizers.bank, config.ema_decay)
+        state = train_gpt.TrainState(self.model, optimizers, self.average, bench.layouts["before"])
         self.trainer = train_gpt.Trainer(state, config, runtime, train_gpt.Log(False),
                                          train_gpt.Clock())
 
     def step(self, windows: torch.Tensor, layout: Layout) -> torch.Tensor:
         loss = self.trainer.update(windows, layout, RATES)
-        self.trainer.state.average.update()
+        self.average.update()
         return loss
 
     def optimize(self):
         optimizers = self.trainer.state.optimizers
         optimizers.reduce_and_clip()
         optimizers.step(RATES)
-        self.trainer.state.average.update()
+        self.average.update()
 
 
 class Plain:
@@ -254,7 +254,7 @@ def overlay(bench: Bench):
     free(bench)
     steps, per_step = 10 if bench.tiny else 200, bench.config.step_windows
     ours, other = Ours(bench), Plain(bench)
-    other.model.load_state_dict(ours.trainer.state.model.state_dict())
+    other.model.load_state_dict(ours.model.state_dict())
     windows, far = bench.windows(4 * per_step), []
     for i in range(steps):
         layout = bench.layouts["after" if i >= steps // 2 else "before"]
@@ -286,10 +286,9 @@ def memory(bench: Bench):
 def parts(bench: Bench):
     """The optimizer with clipping and average, of both sides, and the loader."""
     free(bench)
-    sides = {"ours": Ours(bench), "plain": Plain(bench)}
+    sides: dict[str, Ours | Plain] = {"ours": Ours(bench), "plain": Plain(bench)}
     for side in sides.values():
-        model = side.model if isinstance(side, Plain) else side.trainer.state.model
-        for p in model.parameters():
+        for p in side.model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             p.grad.normal_(0.0, 1e-3)
     taken = in_turns(bench, {name: side.optimize for name, side in sides.items()})
@@ -337,8 +336,8 @@ def evaluation(bench: Bench):
     free(bench)
     c, model = bench.config, bench.model()
     count = c.eval_seq_len + c.eval_stride * (c.eval_batch_windows * (2 if bench.tiny else 8))
-    tokens = bench.windows(-(-count // c.train_seq_len))[:, :-1].flatten()[:count + 1]
-    tokens = tokens.cpu().numpy().astype(np.uint16)
+    drawn = bench.windows(-(-count // c.train_seq_len))[:, :-1].flatten()[:count + 1]
+    tokens = drawn.cpu().numpy().astype(np.uint16)
     count = len(tokens) - 1
     text = train_gpt.Validation(tokens, np.ones(count, np.uint16), count, "table", count, count, "")
     windows = c.eval_seq_len, c.eval_stride, c.eval_batch_windows
@@ -355,7 +354,7 @@ def evaluation(bench: Bench):
 
     for call in (ours, obvious):  # compile
         call()
-    taken = {name: [] for name in ("ours", "plain")}
+    taken: dict[str, list[float]] = {"ours": [], "plain": []}
     for _ in range(3):
         for name, call in (("ours", ours), ("plain", obvious)):
             taken[name].append(seconds_of(bench, call, 1))
@@ -372,13 +371,14 @@ def artifact(bench: Bench):
     free(bench)
     model, hessians = bench.model(), {}
     weights = {name: p.detach().float() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        if p.role is not Role.CONTROL and p.ndim == 2:
-            inputs = torch.randn(2 * p.shape[1], p.shape[1], device=bench.device)
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            inputs = torch.randn(2 * weight.shape[1], weight.shape[1], device=bench.device)
             hessians[name] = inputs.T @ inputs / len(inputs)
-    made = []
+    fisher = {name: torch.ones(len(weights[name]), device=bench.device) for name in hessians}
+    known, made = train_gpt.Sensitivity(hessians, fisher), []
     factor = seconds_of(bench, lambda: made.append(
-        train_gpt.Quantizer(weights, hessians, bench.config, bench.device)), 1)
+        train_gpt.Quantizer(weights, known, bench.config, bench.device)), 1)
     quantizer, multipliers = made[0], iter((1.0, 1.1, 1.2, 1.3))
     codes = seconds_of(bench, lambda: quantizer.codes_at(next(multipliers)), 2)
     bench.tell("gptq", factor_seconds=factor, codes_seconds=codes,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
@@ -117,9 +117,10 @@ def in_script(device) -> dict:
     The model is compiled without a graph break, ahead of time autograd included.
     """
     import train_gpt
-    sizes = dict(vocab_size=77, train_seq_len=20, model_dim=24, num_heads=4, num_kv_heads=2,
-                 rope_dims=4, num_layers=4, recur_layers=(1, 2), parallel_start_layer=3,
-                 xsa_last_n=3, ve_layers=(2, 3), ve_dim=6)
+    sizes: dict[str, Any] = dict(
+        vocab_size=77, train_seq_len=20, model_dim=24, num_heads=4, num_kv_heads=2, rope_dims=4,
+        num_layers=4, recur_layers=(1, 2), parallel_start_layer=3, xsa_last_n=3, ve_layers=(2, 3),
+        ve_dim=6)
     config = train_gpt.Config(**sizes)
     layout = train_gpt.layouts_of(config)[1]
     tokens = torch.arange(63, device=device).view(3, 21) * 31 % 77

@@ -73,7 +73,7 @@ def describe(kernel) -> str:
         usage, sass = (subprocess.run([tools / "cuobjdump", option, cubin], text=True, check=True,
                                       capture_output=True).stdout
                        for option in ("--dump-resource-usage", "--dump-sass"))
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "STACK"))
     products = {name: len(re.findall(rf"\b{name}\.", sass)) for name in ("HGMMA", "HMMA", "FFMA")}
     wide = sum(sass.count(f"{kind}.E.128") for kind in ("LDG", "STG"))
     return (f"registers {registers} stack {stack} shared {kernel.metadata.shared} "
