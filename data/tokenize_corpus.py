@@ -109,9 +109,7 @@ class Encoder:
     def encode_train(self, batch: list[Document]) -> list[Encoded]:
         """Return documents as tokens alone."""
         found = encoding.encode_batch(self.processor, self.texts(batch), self.workers)
-        table_bytes = self.table_bytes(found)
-        return [pack(document, tokens, None, counted)
-                for document, tokens, counted in zip(batch, found, table_bytes)]
+        return [pack(document, tokens) for document, tokens in zip(batch, found)]
 
     def encode_val(self, batch: list[Document]) -> list[Encoded]:
         """Return documents as tokens with their raw bytes, counts telling both denominators.
@@ -121,10 +119,10 @@ class Encoder:
         """
         texts = self.texts(batch)
         found = encoding.spans_batch(self.processor, texts, self.workers)
-        with_bos = [np.insert(spans.token_ids, 0, encoding.BOS_ID) for spans in found]
         encoded = []
-        for document, text, spans, tokens, counted in zip(batch, texts, found, with_bos,
-                                                          self.table_bytes(with_bos)):
+        for document, text, spans in zip(batch, texts, found):
+            tokens = np.insert(spans.token_ids, 0, encoding.BOS_ID)
+            counted = int(shards.target_bytes(tokens, self.table).sum())
             normalised = encoding.normalised_text(self.processor, text.decode()).encode()
             if counted != len(normalised):
                 raise fault(document, f"the byte table counts {counted} bytes for it, must be the "
@@ -139,33 +137,26 @@ class Encoder:
                             "--no-sidecar")
             surface_bytes = int(raw_bytes.sum())
             encoded.append(pack(
-                document, tokens, raw_bytes.astype(np.uint16) if self.sidecar else None, counted,
-                surface_bytes=surface_bytes, edge_bytes=len(document.text) - surface_bytes,
+                document, tokens, raw_bytes.astype(np.uint16) if self.sidecar else None,
+                table_bytes=counted, surface_bytes=surface_bytes,
+                edge_bytes=len(document.text) - surface_bytes,
                 normalised_documents=int(normalised != text),
                 resized_documents=int(len(normalised) != len(text))))
         return encoded
-
-    def table_bytes(self, found: list[np.ndarray]) -> list[int]:
-        """Return what the byte table counts for each document (BOS first), as train_gpt.py does."""
-        tokens = np.concatenate([*found, [encoding.BOS_ID]])
-        counted = shards.target_bytes(tokens, self.table)  # target i belongs to token i + 1
-        ends = np.cumsum([len(document) for document in found])
-        sums = np.concatenate([[0], np.cumsum(counted)])[ends]
-        return np.diff(sums, prepend=0).tolist()
 
 
 def fault(document: Document, what: str) -> DataError:
     return DataError(f"{document.path}, line {document.line}: {what}")
 
 
-def pack(document: Document, tokens: np.ndarray, raw_bytes: np.ndarray | None, table_bytes: int,
+def pack(document: Document, tokens: np.ndarray, raw_bytes: np.ndarray | None = None,
          **val_counts: int) -> Encoded:
     """Return a document with its counts; one whose tokens are only a BOS is dropped."""
     size_bytes = len(document.text)
     if len(tokens) == 1:
         return Encoded(tokens[:0], None, dict(dropped_documents=1, dropped_bytes=size_bytes))
     return Encoded(tokens, raw_bytes, dict(documents=1, bytes=size_bytes, tokens=len(tokens),
-                                           table_bytes=table_bytes, **val_counts))
+                                           **val_counts))
 
 
 def batches(documents: Iterable[Document], size_bytes: int) -> Iterator[list[Document]]:
