@@ -121,10 +121,10 @@ def base_env(cwd):
     return {"PATH": os.environ.get("PATH", ""), "HOME": str(cwd), "OMP_NUM_THREADS": "1"}
 
 
-def run_script(env, cwd, nproc=1, args=(), timeout=300) -> Outcome:
+def run_script(env, cwd, nproc=1, args=(), timeout=300, script=SCRIPT) -> Outcome:
     """Run the script in a subprocess with no settings but `env`; nproc > 1 through torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command = [sys.executable, *(launcher if nproc > 1 else ()), str(SCRIPT), *args]
+    command = [sys.executable, *(launcher if nproc > 1 else ()), str(script), *args]
     settings = {name: str(value) for name, value in env.items()}
     done = subprocess.run(command, env={**base_env(cwd), **settings}, cwd=cwd, timeout=timeout,
                           capture_output=True, text=True, encoding="utf-8")
