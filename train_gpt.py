@@ -156,6 +156,7 @@ class Config:
     knob = topic("calibration")
     gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
     gptq_reserve_seconds: float = knob(0.0, "least time to calibrate; if 0 as measured", 0)
+    fisher_batches: int = knob(2, "of these also run backward, for STEP_RULE=fisher", 1, 10 ** 6)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
                               choices=("all", "first"))
 
@@ -187,6 +188,11 @@ class Config:
     knob = topic("quantization")
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
     embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
+    step_rule: str = knob("auto", "fisher: steps by sensitivity; auto: sdclip if a k is given",
+                          choices=("auto", "fisher", "sdclip"))
+    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2)
+    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
+    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
     scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
@@ -194,7 +200,7 @@ class Config:
     fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
     control_dtype: str = knob("float32", "storage of gains, scales, gates (PR #1471: float16)",
                               choices=("float32", "float16"))
-    compressor: str = knob("brotli", "coder of the artifact", choices=("brotli", "lzma"))
+    compressor: str = knob("rans", "coder of the codes", choices=("rans", "brotli", "lzma"))
     artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", 1, 1 << 40)
 
     knob = topic("evaluation")
@@ -213,6 +219,8 @@ class Config:
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
+    fisher_steps = property(lambda c: c.step_rule == "fisher" or (
+        c.step_rule == "auto" and c.gptq_enabled and c.search_k))
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
 
     @property
@@ -254,7 +262,7 @@ PRESETS = {
     "pr1471": dict(
         skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
         sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
-        control_dtype="float16", gptq_reserve_seconds=10.0),
+        control_dtype="float16", gptq_reserve_seconds=10.0, compressor="brotli"),
     # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
     # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
     "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
@@ -357,6 +365,8 @@ def combination_faults(c: Config) -> list[str]:
          "the recurrent order runs an earlier layer after the lanes have split"),
         (not c.ve_enabled or sorted(c.ve_layers) == sorted(set(c.ve_layers) & layers), "ve_layers",
          "must be different layers below NUM_LAYERS"),
+        (c.step_rule != "fisher" or (c.gptq_enabled and c.search_k), "step_rule",
+         "needs GPTQ_ENABLED=1, and no SDCLIP_K or SDCLIP_K_EMBED"),
         (not limit or c.gptq_reserve_seconds < limit, "gptq_reserve_seconds",
          "must be less than MAX_WALLCLOCK_SECONDS"),
     ]
@@ -532,6 +542,8 @@ def notices(config: Config, env) -> list[str]:
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
                 lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
     idle = {"HESSIAN_RANKS GPTQ_CALIBRATION_BATCHES EMBED_GPTQ": config.gptq_enabled,
+            "FISHER_BATCHES ROW_POWER EMBED_POWER COLUMN_POWER": config.fisher_steps,
+            "SCALE_FLOOR SCALE_FLOOR_EMBED": not config.fisher_steps,
             "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
             "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
             "VE_DIM VE_LAYERS": config.ve_enabled}
@@ -722,7 +734,9 @@ def is_main_rank(env) -> bool:
 
 def contact_lost(error: Exception) -> bool:
     """Return whether an error means that another rank died, hangs, or left."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    # gloo raises plain RuntimeErrors; the last is its word after a first collective timed out
+    words = ("gloo", "pair closure")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def resident_peak_bytes() -> int:
@@ -770,6 +784,12 @@ class Signals:
             self.number, self.since = number, time.monotonic()
             if not self.deferred:
                 raise Interrupted(number)
+
+    def release(self):
+        """Defer no longer; raises Interrupted for a signal kept until now."""
+        self.deferred = False
+        if self.number:
+            raise Interrupted(self.number)
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -910,6 +930,7 @@ EVENTS = {
     "attention": "attention:{backend} max_error_vs_math:{max_error:.1e}",
     "data": "train_shards: {train_shards}",
     "val_data": "val_tokens: {scored_tokens}",
+    "val_name": "val: {name}",
     "val_counts": "val_targets: scored {scored_tokens} (with tail {all_tokens}, legacy "
                   "{legacy_tokens}) bytes {scored_bytes} by {denominator} (table {table_bytes})",
     "parameters": "model_params:{count}",
@@ -949,7 +970,7 @@ EVENTS = {
     "artifact": "Serialized model int6+{compressor}: {bytes} bytes",
     "total_size": "Total submission size int6+{compressor}: {bytes} bytes",
     "bits": "bits per weight: {matrix_bits:.3f} matrices, {embed_bits:.3f} embeddings; "
-            "multiplier {multiplier:.6f} (k {k:.3f}, {k_embed:.3f})",
+            "multiplier {multiplier:.6f} ({rule} steps, on average of k {k:.3f}, {k_embed:.3f})",
     "roundtrip": "final_int6_roundtrip " + SCORE_FORM,
     "sliding": "final_int6_sliding_window " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
@@ -997,9 +1018,14 @@ class Log:
                 self.text_file.write(line + "\n")
         except OSError as error:  # a full disk: the run is worth more than its log
             self.text_file = self.events_file = None
-            print(f"warning: logging to the console only: {error}", flush=True)
+            self.show(f"warning: logging to the console only: {error}")
         if console:
             self.clear()
+            self.show(line)
+
+    def show(self, line: str):
+        """Print a line; a console that takes none (a full disk, a closed pipe) ends no run."""
+        with contextlib.suppress(OSError):
             print(line, flush=True)
 
     def progress(self, label: str, done: int, total: int, since: float):
@@ -1030,7 +1056,8 @@ class Log:
 # of bytes per tensor in the header's order, sha256 over all before it. No pickle.
 MAGIC = b"PGOLF\x00\x01\n"
 MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 4 << 20, 4 << 30
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "int8", "float64")}
+DTYPES = {name: getattr(torch, name)
+          for name in ("float32", "float16", "int8", "int16", "float64")}
 CODECS = ("raw", "brotli", "lzma")
 
 
@@ -1068,9 +1095,14 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def pack_tensors(header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> bytes:
-    """Return a container's bytes; the same arguments give the same bytes."""
+    """Return a container's bytes; the same arguments give the same bytes.
+
+    header["raw"] may name tensors that no coder would make smaller.
+    """
+    codecs = ["raw" if name in header.get("raw", ()) else codec for name in tensors]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the GIL
-        spans = list(pool.map(lambda t: compress(tensor_bytes(t), codec), tensors.values()))
+        spans = list(pool.map(lambda t, codec: compress(tensor_bytes(t), codec), tensors.values(),
+                              codecs))
     names = {dtype: name for name, dtype in DTYPES.items()}
     table = [[name, names[t.dtype], list(t.shape), len(span)]
              for (name, t), span in zip(tensors.items(), spans)]
@@ -1109,7 +1141,8 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
             raw_bytes = math.prod(shape) * kind.itemsize
             require(raw_bytes <= left, "more tensor bytes than any model of this script has")
             left -= raw_bytes
-            raw = bytearray(decompress(data[at:at + span], codec, raw_bytes))
+            used = "raw" if name in header.get("raw", ()) else codec
+            raw = bytearray(decompress(data[at:at + span], used, raw_bytes))
             flat = torch.frombuffer(raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
             tensors[name], at = flat.reshape(shape), at + span
         require(at == end, "bytes left over after the last tensor")
@@ -1150,14 +1183,17 @@ class Journal(dict):
     def __init__(self, path: Path, task: str):
         self.path, self.task, lines = path, task, path.read_bytes() if path.exists() else b""
         for line in lines.splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # torn, or not ours
+            # torn, or not ours: whatever such a line provokes
+            with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
                 found_task, first, last, value = json.loads(line)
                 if found_task == task:
                     super().__setitem__((int(first), int(last)), float(value))
 
     def __setitem__(self, span: tuple[int, int], value: float):
         super().__setitem__(span, value)
-        with open(self.path, "ab") as file:  # a newline first: the last line may be torn
+        # on a full disk the evaluation goes on; only what a restart could spare is lost
+        with contextlib.suppress(OSError), open(self.path, "ab") as file:
+            # a newline first: the last line may be torn
             file.write(f"\n{json.dumps([self.task, *span, value])}\n".encode())
 
 
@@ -1171,17 +1207,51 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     return open_container(path.read_bytes(), kind, path)
 
 
+# Kind of file -> what its header holds besides.
+MADE_BY = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
+HEADERS = dict(weights=dict(MADE_BY, steps=int), stats=dict(MADE_BY, readers=dict),
+               artifact=dict(MADE_BY, multiplier=float),
+               checkpoint=dict(order=list, step=int, training_seconds=float))
+
+
 def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tensor]]:
-    """Return (header, tensors) of a container's bytes; raises ContainerError on another kind."""
+    """Return (header, tensors) of a container's bytes.
+
+    Raises ContainerError on another kind and on a header that lacks what files of its kind hold.
+    """
     header, tensors = unpack_tensors(data, origin)
     if (found := header.get("kind")) != kind:
         raise ContainerError(f"{origin}: holds {found}, not {kind}; give the path of the {kind}")
+    for name, form in HEADERS.get(kind, {}).items():
+        if not isinstance(header.get(name), form):
+            raise ContainerError(f"{origin}: its header holds no {name}; use the train_gpt.py that "
+                                 "wrote it, or make it again")
     return header, tensors
+
+
+def check_tensors(tensors: dict[str, Tensor], forms: dict, origin):
+    """Raise ContainerError unless a file has the tensors of `forms`: name -> (shape, dtype)."""
+    for name, (shape, dtype) in forms.items():
+        found = tensors.get(name)
+        if found is None or (tuple(found.shape), found.dtype) != (tuple(shape), dtype):
+            raise ContainerError(f"{origin}: tensor {name} is missing or not as configured")
+
+
+def check_no_more(left, origin):
+    """Raise ContainerError when a file has tensors that nothing asked for."""
+    if left:
+        raise ContainerError(f"{origin}: tensors the model does not have: {sorted(left)[:3]}")
 
 
 # == 3 Data: shards, the order of windows, target bytes ===========================================
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+# Published validation texts: (targets in whole windows of 2048, their bytes by the table), or the
+# number of tokens where no log gives bytes.
+KNOWN_VALIDATION = {
+    (62_021_632, 151_080_362): "canonical sp1024", (45_508_608, 151_074_053): "canonical sp4096",
+    (45_516_800, 151_077_493): "sp4096, the export of #1395",
+    (40_540_160, 151_078_222): "canonical sp8192", 47_853_344: "canonical sp8192 CaseOps"}
 GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
             "  python data/cached_challenge_fineweb.py --variant sp8192 && python train_gpt.py  "
@@ -1333,6 +1403,13 @@ def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.n
     return piece_bytes, leading, boundary
 
 
+def name_validation(by_table: np.ndarray) -> str:
+    """Return the name of a published validation text, or UNKNOWN. by_table: target bytes (N,)."""
+    whole = len(by_table) // 2048 * 2048
+    name = KNOWN_VALIDATION.get((whole, int(by_table[:whole].sum())))
+    return name or KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN")
+
+
 @dataclass(frozen=True)
 class Validation:
     """Validation text as it is scored: tokens (N + 1,) and bytes of each target (N,), uint16."""
@@ -1344,6 +1421,7 @@ class Validation:
     all_targets: int  # N with the tail
     legacy_targets: int  # N without it
     sha256: str
+    name: str = "UNKNOWN"  # of the published text it is
 
 
 def load_tokenizer(path: Path):
@@ -1383,7 +1461,8 @@ def load_validation(config: Config) -> Validation:
                          f"EVAL_SEQ_LEN={config.eval_seq_len} SCORE_TAIL={int(config.score_tail)}")
     return Validation(tokens[:kept + 1], target_bytes[:kept],
                       int(by_table[:kept].sum()), "sidecar" if sidecars else "table", everything,
-                      legacy, hashlib.sha256(tokens.tobytes()).hexdigest())
+                      legacy, hashlib.sha256(tokens.tobytes()).hexdigest(),
+                      name_validation(by_table))
 
 
 def data_faults(config: Config) -> list[str]:
@@ -2185,21 +2264,55 @@ def factor_hessians(hessian_NCC: Tensor) -> Factors:
     return Factors(order, upper.to(hessian_NCC.dtype), dead, damp[:, 0])
 
 
-def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int) -> Tensor:
+OCTAVE = 8  # codes per doubling of a step: at most 4.4 % from the one meant, a loss of second order
+LEAST_FISHER = 1e-3  # of a tensor's mean: rows that calibration hardly met are not thrown away
+LARGEST_CODE = 120  # at a row's largest weight: leaves GPTQ's feedback room below 127
+
+
+def steps_from_codes(codes: Tensor) -> Tensor:
+    """Return 2 ** (codes / OCTAVE), fp32: read from one table, so alike on every machine."""
+    table = torch.tensor([2.0 ** (code / OCTAVE) for code in range(-128, 128)])
+    return table.to(codes.device)[codes.long() + 128]
+
+
+def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, float]):
+    """Return log2 of row steps (N, R) and of column steps (N, C) that equalise expected loss.
+
+    fisher: mean squared gradient of each row's output. An error e in column c of row r costs
+    fisher_r (e / d_c)^2 with d the diagonal of the inverse Hessian's factor; the bits of a row are
+    best spent with steps ~ fisher^(-1/2) d (reverse water-filling). powers: (row_power: 0 keeps
+    only a tensor's mean, column_power: share of d that columns follow, the rest is in the rows).
+    """
+    row_power, column_power = powers
+    spread = torch.empty_like(factors.upper_NCC[:, 0]).scatter_(
+        1, factors.order_NC, factors.upper_NCC.diagonal(dim1=1, dim2=2)).double().log2()
+    level = spread.mean(dim=1, keepdim=True)
+    fisher = fisher_NR.double()
+    mean = fisher.mean(dim=1, keepdim=True).clamp_min(1e-30)
+    share = (fisher / mean + LEAST_FISHER).log2()
+    return level - 0.5 * (mean.log2() + row_power * share), column_power * (spread - level)
+
+
+def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
+         columns_NC: Tensor | None = None) -> Tensor:
     """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
 
-    Weights and factors share a dtype, in which the feedback runs. Work is laid out (N, C, R), so
-    that a column is contiguous. Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
+    A weight's step is its row's times its column's (1 where none are given). Weights and factors
+    share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is
+    contiguous. Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
     count, rows, columns = w_NRC.shape
     order = factors.order_NC[:, :, None].expand(count, columns, rows)
     work = w_NRC.masked_fill(factors.dead_NC[:, None, :], 0.0).transpose(1, 2).gather(1, order)
-    upper, steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)
+    upper, row_steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)
+    scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
+    scale = scale.gather(1, factors.order_NC)
     codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, columns, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, columns)
         errors = torch.empty_like(work[:, start:end])
         for j in range(start, end):
+            steps = row_steps * scale[:, j, None]
             code = (work[:, j] / steps).round_().clamp_(-max_code, max_code)
             error = (work[:, j] - code * steps) / upper[:, j, j, None]
             codes[:, j], errors[:, j - start] = code, error
@@ -2208,9 +2321,10 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int) -> Te
     return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
 
 
-def dequantize(codes: Tensor, steps: Tensor) -> Tensor:
-    """Return the weights (…, R, C), fp32, that codes and stored steps (…, R) stand for."""
-    return codes.float() * steps.float()[..., None]
+def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Return the weights (…, R, C), fp32, that codes and steps of rows and columns stand for."""
+    scaled = codes.float() * steps.float()[..., None]
+    return scaled if columns is None else scaled * columns
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -2238,7 +2352,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
     estimates, best, seen, target = {}, None, [(0, 0)], limit_bytes
-    for _ in range(5):
+    for _ in range(8):
         multiplier = solve_estimate(estimate_at, target, estimates)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
@@ -2277,7 +2391,147 @@ def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) 
     return below
 
 
-# == 8 Artifact: which tensor is stored how, the model as bytes and back ===========================
+# == 8 Coder: codes as bytes and back =============================================================
+
+CLASSES, PER_OCTAVE, LEAST_CLASS = 48, 4, -12  # of codes by their size: 48 quarter octaves
+RANS_BITS, RANS_LANES, RANS_LEAST = 14, 1024, 1 << 16
+
+
+def size_classes(codes_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the size class of each row (R,) and of each column (C,) of codes, int8.
+
+    A class is the logarithm of a root mean square, quarter octaves; columns relative to the rows.
+    """
+    squares = codes_RC.double().square()
+    rows = squares.mean(1).clamp_min(2.0 ** -6)
+    columns = (squares / rows[:, None]).mean(0).clamp_min(2.0 ** -6)
+    return tuple((0.5 * PER_OCTAVE * x.log2()).round().to(torch.int8) for x in (rows, columns))
+
+
+def element_classes(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the class 0..CLASSES - 1 of each element, (R * C,) int16: which histogram codes it."""
+    both = rows.to(torch.int16)[:, None] + columns.to(torch.int16) - LEAST_CLASS
+    return both.clamp(0, CLASSES - 1).flatten()
+
+
+def class_counts(codes: Tensor, classes: Tensor) -> Tensor:
+    """Return how often each code (as code + 128) occurs in each class, (CLASSES, 256)."""
+    cells = classes.long() * 256 + (codes.flatten().long() + 128)
+    return torch.bincount(cells, minlength=256 * CLASSES).view(CLASSES, 256)
+
+
+def counted_bytes(counts: Tensor) -> float:
+    """Return the bytes an ideal coder needs with one histogram per row of `counts`."""
+    counts = counts.double()
+    bits = torch.special.entr(counts / counts.sum(-1, keepdim=True).clamp_min(1)).sum(-1)
+    return float((bits * counts.sum(-1)).sum() / math.log(2) / 8)
+
+
+def rans_tables(counts: Tensor) -> np.ndarray:
+    """Return frequencies (CLASSES, 256) that sum to 2 ** RANS_BITS where a class is used."""
+    whole, tables = 1 << RANS_BITS, np.zeros((CLASSES, 256), np.int64)
+    for table, row in zip(tables, counts.numpy()):
+        if row.any():
+            table[:] = np.maximum(row * whole // row.sum(), row > 0)
+            while (over := table.sum() - whole) > 0:  # many rare codes: the commonest pay
+                table[table.argmax()] -= min(over, table.max() // 2)
+            table[table.argmax()] += whole - table.sum()
+    return tables
+
+
+def lane_slices(count: int) -> list[slice]:
+    """Return which codes are coded at once, one in each lane."""
+    lanes = max(1, min(RANS_LANES, count >> 13))
+    return [slice(at, min(at + lanes, count)) for at in range(0, count, lanes)]
+
+
+def rans_encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray):
+    """Return (stream, states), uint16 words: symbols (n,) under their classes' frequencies.
+
+    Interleaved range asymmetric numeral systems, last symbol first. Source: J. Duda,
+    arXiv 1311.2540; F. Giesen, arXiv 1402.3392 (interleaving).
+    """
+    starts = np.cumsum(tables, axis=1) - tables
+    where = classes.astype(np.int64) * 256 + symbols
+    slices, words = lane_slices(len(symbols)), []
+    state = np.full(slices[0].stop if slices else 1, RANS_LEAST, np.uint64)
+    tables, starts = tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
+    for part in reversed(slices):
+        frequency, start = tables[where[part]], starts[where[part]]
+        x = state[:len(frequency)]
+        full = x >= frequency << np.uint64(32 - RANS_BITS)
+        words.append(x[full].astype(np.uint16))
+        x = np.where(full, x >> np.uint64(16), x)
+        state[:len(x)] = (x // frequency << np.uint64(RANS_BITS)) + x % frequency + start
+    stream = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
+    return stream, state.astype("<u4").view("<u2")
+
+
+def rans_decode(stream: np.ndarray, states: np.ndarray, classes: np.ndarray, tables: np.ndarray):
+    """Return the symbols (n,) uint8 that `rans_encode` was given; ValueError on damaged input."""
+    slices, whole, at = lane_slices(len(classes)), 1 << RANS_BITS, 0
+    state = states.view("<u4").astype(np.uint64)
+    used = np.unique(classes)
+    if (tables < 0).any() or (tables[used].sum(1) != whole).any() or len(state) != (
+            slices[0].stop if slices else 1):
+        raise ValueError("impossible frequencies or states")
+    starts = np.cumsum(tables, axis=1) - tables
+    lookup = np.zeros((CLASSES, whole), np.uint8)
+    for k in used:
+        lookup[k] = np.repeat(np.arange(256), tables[k])
+    symbols, rows = np.empty(len(classes), np.uint8), classes.astype(np.int64)
+    tables, starts = tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
+    lookup = lookup.ravel()
+    for part in slices:
+        x, row = state[:part.stop - part.start], rows[part]
+        slot = x & np.uint64(whole - 1)
+        symbols[part] = symbol = lookup[row * whole + slot.astype(np.int64)]
+        cell = row * 256 + symbol
+        x = tables[cell] * (x >> np.uint64(RANS_BITS)) + slot - starts[cell]
+        low = np.flatnonzero(x < RANS_LEAST)
+        if at + len(low) > len(stream):
+            raise ValueError("the stream of codes ends early")
+        x[low] = x[low] << np.uint64(16) | stream[at:at + len(low)]
+        state[:len(x)], at = x, at + len(low)
+    if at != len(stream) or (state != RANS_LEAST).any():
+        raise ValueError("the stream of codes does not end where it should")
+    return symbols
+
+
+def encode_codes(codes: Tensor, classes: Tensor, coder: str) -> dict[str, Tensor]:
+    """Return codes (n,) int8 as tensors of an artifact, coded by their classes (n,).
+
+    A container coder (brotli, lzma) gets one stream per class, so that each holds like with like.
+    """
+    if coder != "rans":
+        return {f"codes.{k}": codes[classes == k] for k in classes.unique().tolist()}
+    tables = rans_tables(class_counts(codes, classes))
+    symbols = (codes.numpy().astype(np.int16) + 128).astype(np.uint8)
+    stream, states = rans_encode(symbols, classes.numpy(), tables)
+    found = {"tables": tables.astype(np.int16), "states": states.view(np.int16),
+             "stream": stream.view(np.int16)}
+    return {name: torch.from_numpy(array) for name, array in found.items()}
+
+
+def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Tensor:
+    """Take an artifact's coded tensors out of `tensors`; return the codes (n,) int8.
+
+    Raises ValueError or KeyError on tensors that `encode_codes` does not make.
+    """
+    if coder != "rans":
+        codes = torch.zeros(len(classes), dtype=torch.int8)
+        for k in classes.unique().tolist():
+            codes[classes == k] = tensors.pop(f"codes.{k}")
+        return codes
+    tables, states, stream = (tensors.pop(name).numpy() for name in ("tables", "states", "stream"))
+    if any(x.dtype != np.int16 or x.ndim != n for x, n in ((tables, 2), (states, 1), (stream, 1))):
+        raise ValueError("tables, states or stream of another form")
+    symbols = rans_decode(stream.view(np.uint16), states.view("<u2"), classes.numpy(),
+                          tables.reshape(CLASSES, 256).astype(np.int64))
+    return torch.from_numpy((symbols.astype(np.int16) - 128).astype(np.int8))
+
+
+# == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
 INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
 
@@ -2290,82 +2544,168 @@ def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
 
 
 def quant_specs(config: Config) -> dict[str, QuantSpec]:
-    """Return how each kind of codes is made at multiplier 1."""
+    """Return how each kind of codes is made at multiplier 1; steps by sensitivity never clip."""
     k, k_embed = config.sdclip_k or BASE_K, config.sdclip_k_embed or BASE_K_EMBED
     gptq_embed = config.gptq_enabled and config.embed_gptq
     return {"int6": QuantSpec(INT6_MAX_CODE, k, config.scale_floor, config.gptq_enabled),
             "int8": QuantSpec(INT8_MAX_CODE, k_embed, config.scale_floor_embed, gptq_embed)}
 
 
-def hessians_by_reader(means: dict[str, Tensor], readers: dict[str, list[str]],
-                       weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return each weight's Hessian (C, C) from those of the inputs that weights read.
+@dataclass(frozen=True)
+class Sensitivity:
+    """What quantisation needs to know of each weight, by name.
 
-    The value-embedding table reaches the model through its projection P: its Hessian is P^T P.
+    hessians: mean x xT of its inputs (C, C). fisher: mean squared gradient of its outputs (R,).
     """
-    hessians = {name: means[observed] for observed, names in readers.items() for name in names}
-    if "ve.table.weight" in weights:
+
+    hessians: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+
+
+def sensitivity_of(stats: dict[str, Tensor], readers: dict[str, list[str]],
+                   weights: dict[str, Tensor], with_gradients: bool) -> Sensitivity:
+    """Return Sensitivity from a run's statistics: Hessians by observed module, gradients by weight.
+
+    A table that is looked up has no input: an error in a row costs as the table's output gradients
+    say, whose mean g gT takes the Hessian's place. The tied table is read both ways, so it has the
+    sum. Without gradients the value-embedding table has PᵀP of its projection P, as published.
+    """
+    hessians = {name: stats[observed] for observed, names in readers.items() for name in names}
+    fisher = {name.removeprefix("fisher."): value for name, value in stats.items()
+              if name.startswith("fisher.")}
+    for name, value in stats.items():
+        if with_gradients and name.startswith("gradient."):
+            name = name.removeprefix("gradient.")
+            hessians[name] = hessians.get(name, 0) + value
+    if "ve.table.weight" in weights and "ve.table.weight" not in hessians:
         projection = weights.get("ve.proj.weight", torch.eye(weights["ve.table.weight"].shape[1]))
         hessians["ve.table.weight"] = projection.T @ projection
-    return hessians
+    return Sensitivity(hessians, fisher)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Same-shape tensors of a kind that are quantised together.
+
+    rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling; None under SDClip.
+    """
+
+    names: list[str]
+    kind: str
+    w_NRC: Tensor
+    factors: Factors | None
+    rows_NR: Tensor | None = None
+    columns_NC: Tensor | None = None
 
 
 class Quantizer:
-    """Averaged weights and their Hessians, ready to become codes at any step multiplier.
+    """Averaged weights and what is known of them, ready to become codes at any step multiplier.
 
-    weights: name -> fp32 tensor. hessians: name -> (C, C), shared by weights that read one input.
-    Same-shape tensors of a kind are worked on at once, on `device`.
+    weights: name -> fp32 tensor. Same-shape tensors of a kind are worked on at once, on `device`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], hessians: dict[str, Tensor], config: Config,
-                 device):
+    def __init__(self, weights: dict[str, Tensor], known: Sensitivity, config: Config, device):
         self.storage, self.specs = plan_storage(meta_model(config), config), quant_specs(config)
-        self.weights, self.groups, self.memo = weights, [], {}
+        self.weights, self.config, self.memo = weights, config, {}
         self.redamped, self.gptq_names, self.rounded_names = {}, [], []
-        by_shape = {}
+        by_shape, groups = {}, []
         for name, kind in self.storage.items():
             if kind in self.specs:
-                solved = self.specs[kind].gptq and name in hessians
+                solved = self.specs[kind].gptq and name in known.hessians
                 (self.gptq_names if solved else self.rounded_names).append(name)
                 by_shape.setdefault((kind, solved, weights[name].shape), []).append(name)
         for (kind, solved, _), names in by_shape.items():
             stacked = torch.stack([weights[name] for name in names]).to(device)
             factors = None
-            if solved:
-                factors = factor_hessians(torch.stack([hessians[n] for n in names]).to(device))
+            if solved or config.fisher_steps:
+                factors = factor_hessians(torch.stack([known.hessians[n] for n in names])
+                                          .to(device))
                 damps = zip(names, factors.damp_N.tolist())
                 self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-            self.groups.append((names, kind, stacked, factors))
+            groups.append(Group(names, kind, stacked, factors))
+        self.groups = self.plan_steps(groups, known.fisher) if config.fisher_steps else groups
+        self.order = [name for name, kind in self.storage.items() if kind in self.specs]
 
-    def codes_at(self, multiplier: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return name -> (codes (R, C) int8, steps (R,) fp16) at a step multiplier.
+    def plan_steps(self, groups: list[Group], fisher: dict[str, Tensor]) -> list[Group]:
+        """Return the groups with steps by sensitivity, on average those of SDClip's base k."""
+        powers = {"int6": self.config.row_power, "int8": self.config.embed_power}
+        plans, offsets, weights = [], 0.0, 0
+        for group in groups:
+            stacked = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
+            rows, columns = sensitive_steps(stacked, group.factors, (
+                powers[group.kind], self.config.column_power))
+            spec = self.specs[group.kind]
+            usual = (clip_radius(group.w_NRC, spec, 1.0) / spec.max_code).double().log2()
+            alive = group.w_NRC.std(dim=2) > 0  # the others need no bits
+            offsets += float((usual - rows)[alive].sum()) * group.w_NRC.shape[2]
+            weights += int(alive.sum()) * group.w_NRC.shape[2]
+            plans.append((group, rows, columns, usual))
+        shift = offsets / max(1, weights)
+        return [dataclasses.replace(
+            group, columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
+            rows_NR=(OCTAVE * (rows + shift).clamp(usual - 6, usual + 4)).round())
+            for group, rows, columns, usual in plans]
 
-        The last result is kept.
+    def codes_of(self, group: Group, multiplier: float, solved: bool):
+        """Return codes (N, R, C), and steps of rows and columns as the artifact stores them."""
+        w, spec, factors = group.w_NRC, self.specs[group.kind], group.factors
+        if group.rows_NR is None:
+            radius = clip_radius(w, spec, multiplier)
+            steps = step_sizes(radius, spec)
+            if solved and factors is not None:
+                codes = gptq(w, factors, stored_steps(steps), spec.max_code)
+            else:  # int8 tables are rounded against the fp32 step, as published
+                used = steps if group.kind == "int8" else stored_steps(steps)
+                codes = round_to_nearest(w, radius, used, spec.max_code)
+            return codes, steps.half(), None
+        columns = steps_from_codes(group.columns_NC)
+        largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
+        rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
+        rows = rows.clamp(-127, 127).to(torch.int8)
+        steps = multiplier * steps_from_codes(rows)
+        if solved and spec.gptq:
+            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns)
+        else:
+            codes = (w / steps[:, :, None] / columns[:, None, :]).round().clamp(-127, 127)
+        return codes.to(torch.int8), rows, group.columns_NC
+
+    def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
+        """Return name -> (codes (R, C) int8, row steps, column steps) at a step multiplier.
+
+        solved False: rounded to nearest, quick and near enough in size. The last result is kept.
         """
-        if multiplier not in self.memo:
-            self.memo = {multiplier: {}}
-            for names, kind, w_NRC, factors in self.groups:
-                spec = self.specs[kind]
-                radius = clip_radius(w_NRC, spec, multiplier)
-                steps = step_sizes(radius, spec)
-                if factors is not None:
-                    codes = gptq(w_NRC, factors, stored_steps(steps), spec.max_code)
-                else:  # int8 tables are rounded against the fp32 step, as published
-                    used = steps if kind == "int8" else stored_steps(steps)
-                    codes = round_to_nearest(w_NRC, radius, used, spec.max_code)
-                self.memo[multiplier].update(zip(names, zip(codes.cpu(), steps.half().cpu())))
-        return self.memo[multiplier]
+        if (multiplier, solved) not in self.memo:
+            found = {}
+            for group in self.groups:
+                codes, rows, columns = self.codes_of(group, multiplier, solved)
+                columns = [None] * len(codes) if columns is None else columns.cpu()
+                found.update(zip(group.names, zip(codes.cpu(), rows.cpu(), columns)))
+            self.memo = {(multiplier, solved): found}
+        return self.memo[multiplier, solved]
+
+    def classes_at(self, multiplier: float, solved: bool = True):
+        """Return all codes (n,) and their classes (n,) in order, and the classes' two parts."""
+        found = self.codes_at(multiplier, solved)
+        parts = [size_classes(found[name][0]) for name in self.order]
+        classes = torch.cat([element_classes(*part) for part in parts])
+        codes = torch.cat([found[name][0].flatten() for name in self.order])
+        return codes, classes, [torch.cat(part) for part in zip(*parts)]
 
     def tensors_at(self, multiplier: float, with_codes: bool = True) -> dict[str, Tensor]:
-        """Return the artifact's tensors in the model's order."""
-        found, tensors = self.codes_at(multiplier), {}
-        for name, kind in self.storage.items():
-            if kind in self.specs:
-                if with_codes:
-                    tensors[f"{name}.codes"] = found[name][0]
-                tensors[f"{name}.steps"] = found[name][1]
-            else:
-                tensors[name] = self.weights[name].to(DTYPES[kind])
+        """Return the artifact's tensors: small ones by name, steps, classes and coded codes."""
+        found = self.codes_at(multiplier)
+        codes, classes, (row_classes, column_classes) = self.classes_at(multiplier)
+        tensors = {name: self.weights[name].to(DTYPES[kind])
+                   for name, kind in self.storage.items() if kind not in self.specs}
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise ValueError(f"weights are not finite or too large for CONTROL_DTYPE="
+                             f"{self.config.control_dtype}: training diverged, or set float32")
+        tensors["steps"] = torch.cat([found[name][1] for name in self.order])
+        if self.config.fisher_steps:
+            tensors["column_steps"] = torch.cat([found[name][2] for name in self.order])
+        tensors.update(row_classes=row_classes, column_classes=column_classes)
+        if with_codes:
+            tensors.update(encode_codes(codes, classes, self.config.compressor))
         return tensors
 
     def bits(self, multiplier: float, kind: str) -> float:
@@ -2378,61 +2718,93 @@ class Quantizer:
 def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes: int,
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
-    tensors_at, codec = quantizer.tensors_at, config.compressor
+    codec = "brotli" if config.compressor == "rans" else config.compressor
+    header = {**header, "raw": ["stream"]}
 
     def pack_at(multiplier):
-        return pack_tensors({**header, "multiplier": multiplier}, tensors_at(multiplier), codec)
+        tensors = quantizer.tensors_at(multiplier)
+        return pack_tensors({**header, "multiplier": multiplier}, tensors, codec)
 
     if not config.search_k:
         return 1.0, pack_at(1.0)
-    rest = len(pack_tensors(header, tensors_at(1.0, with_codes=False), codec))
+    rest = len(pack_tensors(header, quantizer.tensors_at(1.0, with_codes=False), codec))
 
     def estimate_at(multiplier):
-        return rest + sum(entropy_bytes(c) for c, _ in quantizer.codes_at(multiplier).values())
+        codes, classes, _ = quantizer.classes_at(multiplier, solved=False)
+        return rest + counted_bytes(class_counts(codes, classes))
 
     return fit_budget(estimate_at, pack_at, limit_bytes, report)
 
 
-def restore_weights(tensors: dict[str, Tensor], config: Config, origin) -> dict[str, Tensor]:
-    """Return the fp32 weights by parameter name that an artifact's tensors stand for.
+def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
+                    origin) -> dict[str, Tensor]:
+    """Return the fp32 weights by parameter name that an artifact stands for.
 
     Raises ContainerError where a tensor is missing, extra, or of another shape than the model's.
     """
-    model, state, left = meta_model(config), {}, dict(tensors)
-    for name, kind in plan_storage(model, config).items():
-        shape, found = model.get_parameter(name).shape, []
-        parts = [(name, shape, DTYPES.get(kind))]
-        if kind in ("int6", "int8"):
-            parts = [(f"{name}.codes", shape, torch.int8),
-                     (f"{name}.steps", shape[:1], torch.float16)]
-        for part, *form in parts:
-            found.append(left.pop(part, None))
-            if found[-1] is None or [found[-1].shape, found[-1].dtype] != form:
-                raise ContainerError(f"{origin}: tensor {part} is missing or not as configured")
-        state[name] = dequantize(*found) if len(found) == 2 else found[0].float()
-        if not torch.isfinite(state[name]).all():
+    model, left = meta_model(config), dict(tensors)
+    storage = plan_storage(model, config)
+    shapes = {name: model.get_parameter(name).shape for name in storage}
+    order = [name for name, kind in storage.items() if kind in ("int6", "int8")]
+    rows, columns = ([shapes[name][axis] for name in order] for axis in (0, 1))
+    fisher = config.fisher_steps
+    form = {name: (shapes[name], DTYPES[kind]) for name, kind in storage.items()
+            if name not in order}
+    form |= dict(steps=((sum(rows),), torch.int8 if fisher else torch.float16),
+                 row_classes=((sum(rows),), torch.int8),
+                 column_classes=((sum(columns),), torch.int8))
+    form |= {"column_steps": ((sum(columns),), torch.int8)} if fisher else {}
+    check_tensors(left, form, origin)
+    state = {name: left.pop(name).float() for name in storage if name not in order}
+    steps, row_classes = (left.pop(name).split(rows) for name in ("steps", "row_classes"))
+    column_classes = left.pop("column_classes").split(columns)
+    column_steps = left.pop("column_steps").split(columns) if fisher else [None] * len(order)
+    classes = [element_classes(*pair) for pair in zip(row_classes, column_classes)]
+    try:
+        codes = decode_codes(left, torch.cat(classes), config.compressor)
+        multiplier = float(header["multiplier"])
+    except (ValueError, LookupError, RuntimeError, TypeError) as error:
+        raise ContainerError(f"{origin}: its codes are damaged ({error}); make it again") from None
+    for name, code, step, column in zip(order, codes.split([len(c) for c in classes]), steps,
+                                        column_steps):
+        code = code.view(shapes[name])
+        if fisher:
+            state[name] = dequantize(code, multiplier * steps_from_codes(step),
+                                     steps_from_codes(column))
+        else:
+            state[name] = dequantize(code, step)
+    for name, weight in state.items():
+        if not torch.isfinite(weight).all():
             raise ContainerError(f"{origin}: {name} holds values that are not finite")
-    if left:
-        raise ContainerError(f"{origin}: tensors the model does not have: {sorted(left)[:3]}")
+    check_no_more(left, origin)
     return state
+
+
+def weight_forms(config: Config) -> dict:
+    """Return name -> (shape, dtype) of the tensors in a file of averaged weights."""
+    return {name: (p.shape, torch.float32) for name, p in meta_model(config).named_parameters()}
 
 
 def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
-    model, fixed, specs = meta_model(config), 6000, quant_specs(config)
+    # bytes of the header, tables and states; of a row and a column of codes; all as seen
+    model, fixed, specs = meta_model(config), 2500, quant_specs(config)
+    row_bytes, column_bytes = (1.3, 0.6) if config.fisher_steps else (1.3, 0.2)
     weights = dict.fromkeys(specs, 0)
     for name, kind in plan_storage(model, config).items():
         p = model.get_parameter(name)
         if kind in specs:
             weights[kind] += p.numel()
-            fixed += 2 * p.shape[0]
+            fixed += int(row_bytes * p.shape[0] + column_bytes * p.shape[1])
         else:
             fixed += p.numel() * DTYPES[kind].itemsize
 
-    overhead = 1.003 if config.compressor == "brotli" else 1.04  # over the entropy, as seen
+    overhead = {"rans": 1.001, "brotli": 1.012, "lzma": 1.05}[config.compressor]  # as seen
 
     def total(multiplier):
-        bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code, spec.max_code)
+        bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code,
+                                                 INT8_MAX_CODE if config.fisher_steps
+                                                 else spec.max_code)
                    for kind, spec in specs.items())
         return code_bytes + fixed + int(bits / 8 * overhead)
 
@@ -2660,7 +3032,7 @@ class Trainer:
         """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none).
 
         Raises Interrupted after a signal, once `checkpoint` is written, and ConfigError when the
-        gradients are not finite.
+        gradients or the validation loss are not finite.
         """
         state, config, clock, log = self.state, self.config, self.clock, self.log
         every, iterations = config.val_loss_every, config.iterations
@@ -2686,6 +3058,8 @@ class Trainer:
                         found = validate(state.layout)
                     log.event("val", step=state.step, iterations=iterations, val_loss=found.loss,
                               val_bpb=found.bpb, train_seconds=round(elapsed, 3))
+                    if not math.isfinite(found.loss):
+                        raise self.diverged("the validation loss is", state.step, lambda p: p)
                 if last:
                     break
                 loss = self.update(loader.batch(state.step), state.layout, rates)
@@ -2719,18 +3093,26 @@ class Trainer:
         with self.clock.span("checkpoint"):
             header = dict(kind="checkpoint", step=state.step, order=list(state.layout.order),
                           training_seconds=elapsed)
-            self.runtime.first(write_tensors, path, header, state.tensors())
+            tensors = state.tensors()
+            try:
+                self.runtime.first(write_tensors, path, header, tensors)
+            except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
+                return self.log.event("notice", text=f"no checkpoint at step {state.step}: {error}")
         self.log.event("checkpoint", step=state.step, path=str(path))
 
     def check_gradients(self):
         """Raise ConfigError when any step's gradients were not finite, naming step and tensors."""
-        if (step := int(self.first_bad)) < 0:
-            return
+        if (step := int(self.first_bad)) >= 0:
+            raise self.diverged("gradients are", step, lambda p: p.grad)
+
+    def diverged(self, what: str, step: int, tensor_of) -> ConfigError:
+        """Return the error that says what is not finite since when, and in which tensors now."""
         names = [name for name, p in self.state.model.named_parameters()
-                 if not p.grad.isfinite().all()]
-        raise ConfigError([f"gradients are not finite at step {step} (now in: "
-                           f"{', '.join(names[:3])}…): training diverged; lower MATRIX_LR, "
-                           "TIED_EMBED_LR or SCALAR_LR"], shared=True)
+                 if not tensor_of(p).isfinite().all()]
+        return ConfigError([f"{what} not finite at step {step} (tensors: "
+                            f"{', '.join(names[:3]) or 'none yet'}{'…' * (len(names) > 3)}): "
+                            "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"],
+                           shared=True)
 
     def report(self, loss: Tensor, rates: Rates):
         """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names."""
@@ -2861,19 +3243,82 @@ def collect_stats(model: GPT, layout: Layout, batches,
     return sums, tokens
 
 
+def collect_fisher(model: GPT, layout: Layout, batches, names: list[str],
+                   seed: int) -> tuple[dict[str, Tensor], int]:
+    """Return (sums over tokens of what quantisation errors in outputs cost, tokens), fp32.
+
+    names: weights. "fisher.<weight>": squared gradients of a matrix's outputs (R,), of the loss on
+    labels drawn from the model itself (the true Fisher information); of the head's, in closed form;
+    how often a looked-up row is read. "gradient.<table>": g gT of a table's outputs (C, C).
+    """
+    sums, tokens, handles, reads, batches = {}, 0, [], Counter(), list(batches)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+
+    def add(name, value):
+        sums[name] = sums[name] + value if name in sums else value
+
+    def watch(name, module):
+        def see(grad):
+            flat = grad.detach().flatten(0, -2).float()
+            if isinstance(module, Embedding):
+                add(f"gradient.{name}", flat.T @ flat)
+            else:
+                add(f"fisher.{name}", flat.square().sum(0))
+
+        def on_output(_, inputs, out):
+            reads[name] += 1
+            out.requires_grad_().register_hook(see)
+        handles.append(module.register_forward_hook(on_output))
+
+    for name in names:
+        watch(name, model.get_submodule(name.removesuffix(".weight")))
+    model.requires_grad_(False)  # gradients of activations alone are wanted
+    try:
+        for tokens_BT in batches:
+            logits = model.logits(tokens_BT, layout).flatten(0, 1)
+            with torch.no_grad():
+                odds = logits.softmax(-1)
+                labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
+                slope = 1 - (logits / model.softcap).square()
+                add("fisher.tok_emb.weight", (odds * (1 - odds) * slope.square()).sum(0))
+                if model.ve is not None:
+                    read = torch.bincount(tokens_BT.flatten(), minlength=logits.shape[1])
+                    add("fisher.ve.table.weight", read.float())
+            F.cross_entropy(logits, labels, reduction="sum").backward()
+            tokens += tokens_BT.numel()
+    finally:
+        model.requires_grad_(True)
+        for handle in handles:
+            handle.remove()
+    # a layer that runs twice has both inputs in its Hessian: here the mean, lest both count twice
+    for name, count in reads.items():
+        if f"fisher.{name}" in sums and f"gradient.{name}" not in sums:
+            sums[f"fisher.{name}"] *= len(batches) / count
+    return sums, tokens
+
+
 class Calibration:
-    """Hessians of every matrix that GPTQ will quantise, from training windows, split over ranks."""
+    """Hessians of every matrix that GPTQ will quantise, from training windows, split over ranks.
+
+    Under STEP_RULE=fisher also gradients, from the first FISHER_BATCHES.
+    """
+
+    FISHER_TOKENS = 16_384  # of a backward at most: it holds several copies of the logits
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.model, self.config, self.runtime = model, config, runtime
         storage = plan_storage(model, config)
         self.readers = {name: kept for name, readers in model.input_groups().items()
                         if (kept := [reader for reader in readers if storage[reader] == "int6"])}
-        if config.embed_gptq:
+        if config.embed_gptq or config.fisher_steps:
             self.readers[HEAD_INPUT] = ["tok_emb.weight"]
         self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
-        self.sequences = even_split(self.eighth, config.micro_batch_tokens // config.train_seq_len)
-        self.forward_seconds = 0.0
+        most = config.micro_batch_tokens // config.train_seq_len
+        self.sequences = even_split(self.eighth, most)
+        self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
+        self.fisher_sequences = even_split(
+            self.eighth, min(most, max(1, self.FISHER_TOKENS // config.train_seq_len)))
+        self.forward_seconds = self.fisher_seconds = 0.0
 
     def shares(self) -> list[tuple[int, int]]:
         """Return (position in the training order, count) of each forward of this rank."""
@@ -2890,24 +3335,48 @@ class Calibration:
         """Return the most forwards any rank makes."""
         return int(self.runtime.agree(len(self.shares())))
 
-    def measure(self, layout: Layout, tokens_BT: Tensor) -> float:
-        """Return the seconds of one calibration forward, timed on synthetic text."""
-        for _ in range(2):  # the first one warms the library up
+    def fisher_shares(self) -> list[tuple[int, int]]:
+        """Return (position, count) of each backward of this rank; none under SDClip."""
+        size = self.fisher_sequences
+        total = min(self.config.fisher_batches * self.eighth, self.config.calibration_windows)
+        total *= self.config.fisher_steps
+        shares = [(at, min(size, total - at)) for at in range(0, total, size)]
+        return shares[self.runtime.rank::self.runtime.world_size]
+
+    def fisher_sums(self, layout: Layout, windows: Tensor, position: int):
+        """Return the sums of one backward on windows (B, T + 1) of a position, and their tokens."""
+        return collect_fisher(self.model, layout, [windows[:, :-1]], self.fisher_names,
+                              self.config.seed + position)
+
+    def measure(self, layout: Layout, windows: Tensor):
+        """Time one forward and one backward on synthetic windows (B, T + 1)."""
+        def timed(work, *args):
             self.runtime.synchronize()
             since = time.perf_counter()
-            collect_stats(self.model, layout, [tokens_BT], list(self.readers))
+            work(*args)
             self.runtime.synchronize()
-            self.forward_seconds = self.runtime.agree(time.perf_counter() - since)
-        return self.forward_seconds
+            return self.runtime.agree(time.perf_counter() - since)
+
+        for _ in range(2):  # the first one warms the library up
+            self.forward_seconds = timed(collect_stats, self.model, layout, [windows[:, :-1]],
+                                         list(self.readers))
+            if self.config.fisher_steps:
+                some = windows[:self.fisher_sequences]
+                self.fisher_seconds = timed(self.fisher_sums, layout, some, 0)
 
     def reserve_seconds(self) -> float:
         """Return the training time to keep: as measured, a fifth and a quarter second more."""
-        measured = 1.2 * self.forwards() * self.forward_seconds + 0.25
-        return max(self.config.gptq_reserve_seconds, measured)
+        backwards = self.runtime.agree(len(self.fisher_shares()))
+        measured = self.forwards() * self.forward_seconds + backwards * self.fisher_seconds
+        return max(self.config.gptq_reserve_seconds, 1.2 * measured + 0.25)
 
     def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
-        """Return mean Hessians by observed module, within what the wallclock limit leaves."""
+        """Return mean Hessians by observed module, within what the wallclock limit leaves.
+
+        And before them, under STEP_RULE=fisher, what `collect_fisher` says of each weight.
+        """
         shares, planned, sums, tokens = self.shares(), self.forwards(), {}, 0
+        fisher = self.run_fisher(layout, loader) if self.config.fisher_steps else {}
         limit = self.config.max_wallclock_seconds
         for name, readers in self.readers.items():
             columns = self.model.get_parameter(readers[0]).shape[1]
@@ -2924,7 +3393,24 @@ class Calibration:
                 for name, value in found.items():
                     sums[name] += value
         total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
-        return {name: self.runtime.sum_(sums[name]) / total for name in self.readers}
+        means = {name: self.runtime.sum_(sums[name]) / total for name in self.readers}
+        return means | fisher
+
+    def run_fisher(self, layout: Layout, loader: Loader) -> dict[str, Tensor]:
+        """Return means over the tokens of all ranks, in one order of names on each."""
+        sums, tokens, device = {}, 0, self.runtime.device
+        for name in self.fisher_names:
+            module, rows = name.removesuffix(".weight"), self.model.get_parameter(name).shape
+            sums[f"fisher.{name}"] = torch.zeros(rows[0], device=device)
+            if isinstance(self.model.get_submodule(module), Embedding):
+                sums[f"gradient.{name}"] = torch.zeros(rows[1], rows[1], device=device)
+        for share in self.fisher_shares():
+            found, count = self.fisher_sums(layout, loader.read(*share), share[0])
+            tokens += count
+            for name, value in found.items():
+                sums[name] += value
+        total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
+        return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
 
 
 # == 11b Preflight: what is checked and told before a run ========================================
@@ -3146,6 +3632,7 @@ def describe_data(session: Session, text: Validation):
     """Log what is scored and by which bytes."""
     scored, log = len(text.target_bytes), session.log
     log.event("val_data", scored_tokens=scored)
+    log.event("val_name", name=text.name)
     log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
               legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
               table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
@@ -3186,10 +3673,11 @@ def describe_artifact(session: Session, config: Config, quantizer: Quantizer, mu
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
+    rule = "fisher" if config.fisher_steps else "sdclip"
     bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
                 embed_bits=quantizer.bits(multiplier, "int8"))
     log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
-              k_embed=multiplier * quantizer.specs["int8"].k, **bits)
+              k_embed=multiplier * quantizer.specs["int8"].k, rule=rule, **bits)
     coder, path = config.compressor, str(session.files.artifact)
     log.event("artifact", compressor=coder, bytes=size, path=path)
     log.event("total_size", compressor=coder, bytes=total)
@@ -3249,7 +3737,7 @@ def train_stage(session: Session) -> dict:
                   tokenizer_sha256=file_sha256(config.tokenizer_file), train_sha256=train_sha256)
     if not trained:
         save_weights(session, state, header)
-    runtime.signals.deferred = False
+    runtime.signals.release()
     if calibration:
         calibrate(session, calibration, state.layout, loader, header)
     loader.close()
@@ -3289,9 +3777,10 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
     order, step = tuple(header["order"]), header["steps" if trained else "step"]
     layout = next((known for known in layouts_of(session.config) if known.order == order), None)
     if layout is None:
-        raise ContainerError(f"{path}: layer order {order} is not one its settings give")
+        raise ContainerError(f"{path}: layer order {order[:99]} is not one its settings give")
     try:
         if trained:
+            check_tensors(tensors, weight_forms(session.config), path)
             state.step, state.layout = step, layout
             load_weights(state.model, tensors)
         else:
@@ -3332,7 +3821,7 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
         trainer.warm_up()
     if budget and calibration:
         windows = trainer.synthetic(calibration.sequences, config.train_seq_len)
-        calibration.measure(trainer.recurrent_layout, windows[:, :-1])
+        calibration.measure(trainer.recurrent_layout, windows)
         reserve = calibration.reserve_seconds()
         log.event("reserve_measured", batch_seconds=calibration.forward_seconds,
                   forwards=calibration.forwards(), reserve_seconds=reserve)
@@ -3373,18 +3862,31 @@ def quantize_files(session: Session) -> dict:
     source = files.source(session.config, files.weights)
     header, weights = read_tensors(source, "weights")
     config = adopt(session.config, header, "quantize", source)
+    check_tensors(weights, forms := weight_forms(config), source)
+    check_no_more(set(weights) - set(forms), source)
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower "
                          "the learning rates")
-    hessians = {}
+    known = Sensitivity({}, {})
     if config.gptq_enabled:
-        stats, means = read_tensors(source.with_name(files.stats.name), "stats")
-        hessians = hessians_by_reader(means, stats["readers"], weights)
-    quantizer = Quantizer(weights, hessians, config, session.runtime.device)
-    storage, specs = quantizer.storage, quantizer.specs
-    if missing := [name for name in quantizer.rounded_names if specs[storage[name]].gptq]:
+        stats, means = read_tensors(origin := source.with_name(files.stats.name), "stats")
+        try:
+            known = sensitivity_of(means, stats["readers"], weights, config.fisher_steps)
+            fit = all(h.shape == 2 * weights[name].shape[1:] for name, h in known.hessians.items())
+            fit &= all(f.shape == weights[name].shape[:1] for name, f in known.fisher.items())
+        except (KeyError, TypeError, RuntimeError):
+            fit = False
+        if not fit:
+            raise ContainerError(f"{origin}: does not fit the weights of {source}; calibrate again")
+    specs = quant_specs(config)
+    storage = plan_storage(meta_model(config), config)
+    if missing := [name for name, kind in storage.items() if kind in specs and (
+            (specs[kind].gptq and name not in known.hessians)
+            or (config.fisher_steps and name not in known.fisher))]:
         raise ConfigError([f"{source}: its statistics lack {', '.join(missing[:3])}: they are made "
-                           "with another EMBED_GPTQ or FP16_MAX_NUMEL; use those or calibrate"])
+                           "with another STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use those or "
+                           "calibrate"])
+    quantizer = Quantizer(weights, known, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
     log.event("quantized", gptq=len(quantizer.gptq_names), rounded=0)
@@ -3414,13 +3916,15 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
         raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer that "
                            f"{source} was trained with; set TOKENIZER_PATH to that one"])
     session = dataclasses.replace(session, config=config)
-    model, state = session.build_model(), restore_weights(tensors, config, source)
+    # refuses before a hostile header's sizes are built
+    state = restore_weights(header, tensors, config, source)
+    model = session.build_model()
     load_weights(model, state)
     plain, recurrent = layouts_of(config)
     order = tuple(header["order"])
     if order not in (plain.order, recurrent.order):
-        raise ContainerError(f"{source}: layer order {order} is not one its settings give; make "
-                             "the file again")
+        raise ContainerError(f"{source}: layer order {order[:99]} is not one its settings give; "
+                             "make the file again")
     layout = recurrent if order == recurrent.order else plain
     return session, model, layout, hashlib.sha256(data).hexdigest()
 
@@ -3479,6 +3983,8 @@ def run(env, check: bool):
     name, attend, scope, error = choose_attention(config, runtime)
     if check:
         if runtime.is_main:
+            if config.stage != "quantize":
+                print(f"check: val: {load_validation(config).name}")
             print(f"check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
     with scope, runtime.signals:
@@ -3533,6 +4039,8 @@ def main(argv: list[str], env) -> int:
         faults, shared = getattr(error, "faults", [str(error)]), getattr(error, "shared", False)
     except Interrupted as stop:
         return 128 + stop.number
+    except KeyboardInterrupt:  # before the run took signals over: nothing is begun
+        return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
         shared, detail = False, str(error).split("\n")[0]
         if contact_lost(error):
@@ -3551,8 +4059,9 @@ def main(argv: list[str], env) -> int:
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:], os.environ)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     # Everything is on disk. Tearing down the interpreter under gloo's threads now and then aborted
     # a finished two-rank run (3 of about 130 under load), which torchrun reports as failed.
     os._exit(exit_code)

@@ -135,7 +135,7 @@ def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
 
 
 @pytest.mark.parametrize("env, matrices, observed", [
-    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0"}, 66, 44),
+    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0", "STEP_RULE": "sdclip"}, 66, 44),
     ({"FP16_MAX_NUMEL": "0"}, 68, 46), ({"FP16_MAX_NUMEL": "131072"}, 45, 45)])
 def test_published_counts_of_hessians(env, matrices, observed):
     """Four observed inputs a layer; q, k and v share one; the table reads the head's input."""
@@ -204,7 +204,7 @@ def test_the_first_rank_alone_reads_its_eighth_of_each_batch(changes, world_size
 
 # ---- the collected means -------------------------------------------------------------------
 
-BIG = dict(train_batch_tokens=192, micro_batch_tokens=16, gptq_calibration_batches=5)
+BIG = dict(step_rule="sdclip", train_batch_tokens=192, micro_batch_tokens=16, gptq_calibration_batches=5)
 
 
 class Windows:

@@ -487,3 +487,24 @@ def test_less_text_than_a_window_is_a_fault(small_tokenizer, text_folder):
     shards.write_shard(text_folder / "fineweb_train_000000.bin", [BOS] * 8)
     (fault,) = faults_of(text_folder, small_tokenizer)
     assert "8 training tokens" in fault and "TRAIN_SEQ_LEN=8" in fault
+
+
+def test_known_validation_texts_are_those_of_the_catalogue(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "data"))
+    import catalogue
+    known = {(k.targets, k.target_bytes) if k.target_bytes else k.tokens: k.label
+             for v in catalogue.VARIANTS.values() for k in v.fingerprints
+             if k.target_bytes or k.tokens}
+    assert known == train_gpt.KNOWN_VALIDATION
+
+
+@pytest.mark.parametrize("targets, total, name", [
+    (40_540_802, 151_078_222, "canonical sp8192"), (40_540_802, 151_078_223, "UNKNOWN"),
+    (47_853_343, 1, "canonical sp8192 CaseOps"), (100, 300, "UNKNOWN")])
+def test_validation_is_named_by_its_bytes_in_whole_windows(targets, total, name):
+    by_table = np.zeros(targets, np.uint16)
+    whole = targets // 2048 * 2048
+    by_table[:max(1, whole)][:total // 4] = 4
+    by_table[0] += total - int(by_table[:max(1, whole)].sum())
+    by_table[whole:] += 7 * (whole > 0)  # the tail does not matter
+    assert train_gpt.name_validation(by_table) == name

@@ -18,6 +18,7 @@ from train_gpt import (
     MULTIPLIER_RANGE,
     Quantizer,
     QuantSpec,
+    Sensitivity,
     clip_radius,
     dequantize,
     entropy_bytes,
@@ -34,6 +35,7 @@ from train_gpt import (
 FREE = QuantSpec(max_code=31, k=12.85, floor=0.0, gptq=True)
 PR1471 = dict(scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85, sdclip_k_embed=20.0,
               embed_gptq=False)
+SDCLIP = dict(step_rule="sdclip")
 
 
 def hessian_of(columns, samples, dead=()):
@@ -204,12 +206,19 @@ def weights_and_hessians(config, dead_table_row=False):
     return weights, hessians
 
 
+def quantizer_of(config, solve=True):
+    """Return a Quantizer that knows random Hessians and Fisher information."""
+    weights, hessians = weights_and_hessians(config)
+    fisher = {name: 10 ** (3 * torch.rand(len(weights[name]))) for name in hessians}
+    return Quantizer(weights, Sensitivity(hessians, fisher), config, torch.device("cpu"))
+
+
 def test_published_settings_give_the_codes_of_the_reference():
     config = toy_config(**PR1471, vocab_size=700)
     weights, hessians = weights_and_hessians(config)
-    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    quantizer = Quantizer(weights, Sensitivity(hessians, {}), config, torch.device("cpu"))
     same = total = 0
-    for name, (codes, steps) in quantizer.codes_at(1.0).items():
+    for name, (codes, steps, _) in quantizer.codes_at(1.0).items():
         if quantizer.storage[name] == "int8":
             expected, expected_steps = plain.round_to_nearest_int8(weights[name])
             assert torch.equal(codes, expected)
@@ -226,17 +235,17 @@ def test_published_settings_give_the_codes_of_the_reference():
     assert len(quantizer.gptq_names) == len(quantizer.storage) - 49 - 2
 
 
-@pytest.mark.parametrize("changes", ({}, PR1471))
+@pytest.mark.parametrize("changes", (SDCLIP, PR1471))
 def test_gptq_beats_rounding_on_every_tensor_at_the_same_steps(changes):
     solving, rounding = toy_config(**changes), toy_config(**changes, gptq_enabled=False)
     weights, hessians = weights_and_hessians(solving)
-    solved = Quantizer(weights, hessians, solving, torch.device("cpu"))
-    rounded = Quantizer(weights, hessians, rounding, torch.device("cpu"))
+    solved = Quantizer(weights, Sensitivity(hessians, {}), solving, torch.device("cpu"))
+    rounded = Quantizer(weights, Sensitivity(hessians, {}), rounding, torch.device("cpu"))
     assert not rounded.gptq_names
     compared = 0
     for name in solved.gptq_names:
-        codes, steps = solved.codes_at(1.0)[name]
-        plain_codes, same_steps = rounded.codes_at(1.0)[name]
+        codes, steps, _ = solved.codes_at(1.0)[name]
+        plain_codes, same_steps, _ = rounded.codes_at(1.0)[name]
         assert torch.equal(steps, same_steps)
         if not (weights[name].abs() > 0.5 * steps[:, None]).any():
             continue  # all codes are zero either way
@@ -247,28 +256,28 @@ def test_gptq_beats_rounding_on_every_tensor_at_the_same_steps(changes):
 
 
 def test_raised_damping_is_reported_by_name():
-    config = toy_config()
+    config = toy_config(**SDCLIP)
     weights, hessians = weights_and_hessians(config)
     bad = torch.eye(16)
     bad[0, 1] = bad[1, 0] = 1.05
     hessians["blocks.3.attn.k.weight"] = bad
-    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    quantizer = Quantizer(weights, Sensitivity(hessians, {}), config, torch.device("cpu"))
     assert quantizer.redamped == {"blocks.3.attn.k.weight": pytest.approx(0.1)}
 
 
 def test_a_table_row_that_was_never_trained_comes_back_as_zeros():
-    config = toy_config()
+    config = toy_config(**SDCLIP)
     weights, hessians = weights_and_hessians(config, dead_table_row=True)
-    quantizer = Quantizer(weights, hessians, config, torch.device("cpu"))
+    quantizer = Quantizer(weights, Sensitivity(hessians, {}), config, torch.device("cpu"))
     assert "tok_emb.weight" in quantizer.gptq_names
-    codes, steps = quantizer.codes_at(1.0)["tok_emb.weight"]
+    codes, steps, _ = quantizer.codes_at(1.0)["tok_emb.weight"]
     assert not dequantize(codes, steps)[5].any()
     assert not codes[5].any()
 
 
 def test_coarser_steps_cost_fewer_bits():
     config = toy_config()
-    quantizer = Quantizer(*weights_and_hessians(config), config, torch.device("cpu"))
+    quantizer = quantizer_of(config)
     for kind in ("int6", "int8"):
         bits = [quantizer.bits(multiplier, kind) for multiplier in (0.5, 1.0, 2.0)]
         assert bits[0] > bits[1] > bits[2]

@@ -58,10 +58,10 @@ def sample_tensors():
 @pytest.mark.parametrize("codec", CODECS)
 def test_container_gives_back_header_and_tensors_bit_by_bit(codec, tmp_path):
     tensors, path = sample_tensors(), tmp_path / "new folder" / "file"
-    header = dict(kind="weights", config=dict(seed=1, ve_layers=[9, 10], rate=0.1), text="ü▁")
+    header = dict(kind="x", config=dict(seed=1, ve_layers=[9, 10], rate=0.1), text="ü▁")
     size = train_gpt.write_tensors(path, header, tensors, codec)
     assert size == path.stat().st_size
-    found_header, found = train_gpt.read_tensors(path, "weights")
+    found_header, found = train_gpt.read_tensors(path, "x")
     assert {name: found_header[name] for name in header} == header
     assert_same_tensors(found, tensors)
     found["float32"].add_(1)  # its own writable memory

@@ -20,8 +20,8 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 
 ROOMS = ["Imports", "Config", "Settings", "Runtime", "Files", "Data", "Kernels", "Model",
-         "Optimizer", "Quantize", "Artifact", "Evaluate", "Train", "Calibrate", "Preflight",
-         "Report", "Stages"]
+         "Optimizer", "Quantize", "Coder", "Artifact", "Evaluate", "Train", "Calibrate",
+         "Preflight", "Report", "Stages"]
 # Room -> rooms whose names it may use. Single names let through are in ONLY.
 MAY_USE = {
     "Config": {},
@@ -33,7 +33,8 @@ MAY_USE = {
     "Model": {"Config", "Kernels"},
     "Optimizer": {"Config", "Runtime"},
     "Quantize": {},
-    "Artifact": {"Config", "Files", "Model", "Quantize"},
+    "Coder": {},
+    "Artifact": {"Config", "Files", "Model", "Quantize", "Coder"},
     "Evaluate": {"Config", "Runtime", "Data", "Kernels", "Model"},
     "Train": {"Config", "Runtime", "Files", "Data", "Kernels", "Model", "Optimizer", "Evaluate"},
     "Calibrate": {"Config", "Runtime", "Data", "Model"},
@@ -57,6 +58,7 @@ FORBIDDEN_IMPORTS = {
     "Model": {"os", "sys", "dist", "Path", "json", "subprocess", "np", "time"},
     "Optimizer": {"os", "sys", "Path", "F"},
     "Quantize": {"os", "sys", "Path", "dist", "nn", "F"},
+    "Coder": {"dist", "F", "os", "nn", "Path"},
     "Artifact": {"dist", "F", "os"},
     "Evaluate": {"dist", "os"},
     "Train": {"dist", "os"},
@@ -67,7 +69,7 @@ FORBIDDEN_IMPORTS = {
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
 MAX_PARAMETERS, MAX_NESTING = 6, 4
-MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2550
+MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2920
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)

@@ -51,8 +51,8 @@ PUBLISHED_LINES = [  # in the order published scripts print them, but for the ne
     r"GPTQ:collecting Hessians from calibration data\.\.\.",
     r"GPTQ:collected \d+ Hessians in \d+\.\ds", f"pre-quantization post-ema {SCORE_TAIL}",
     r"GPTQ quantization: \d+ layers with full GPTQ, \d+ fallback to clip-search",
-    r"Serialized model int6\+brotli: \d+ bytes",
-    r"Total submission size int6\+brotli: \d+ bytes", f"final_int6_roundtrip {SCORE_TAIL}",
+    r"Serialized model int6\+rans: \d+ bytes",
+    r"Total submission size int6\+rans: \d+ bytes", f"final_int6_roundtrip {SCORE_TAIL}",
     f"final_int6_sliding_window {SCORE_TAIL}", r"RESULT \{.+\}"]
 TRAIN_ONLY = dict(STAGE="train", WARMUP_STEPS=0, GPTQ_ENABLED=0, VAL_LOSS_EVERY=0,
                   PREQUANT_SLIDING=0)
@@ -327,7 +327,10 @@ def test_reloaded_logits_equal_those_in_memory_bit_for_bit(tiny_run, tiny_data, 
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name in codes:
-                p.copy_(codes[name][0].float() * codes[name][1].float()[:, None])
+                code, rows, columns = codes[name]
+                table = torch.tensor([2.0 ** (c / 8) for c in range(-128, 128)])
+                steps = done.result["multiplier"] * table[rows.long() + 128]
+                p.copy_(code.float() * steps[:, None] * table[columns.long() + 128])
             else:
                 p.copy_(weights[name].to(train_gpt.DTYPES[quantizer.storage[name]]).float())
     layout = train_gpt.plan_layout(tuple(header["order"]), config.num_layers,
@@ -410,9 +413,10 @@ def test_calibration_does_not_depend_on_the_number_of_ranks(tiny_run, two_ranks)
     """Hessians are summed over ranks, each doing its share: sums differ by training's rounding."""
     header, one = train_gpt.read_tensors(tiny_run.folder / "final_model.stats", "stats")
     _, two = train_gpt.read_tensors(two_ranks.folder / "final_model.stats", "stats")
-    assert set(one) == set(two) == set(header["readers"])
-    for name in one:
-        assert (one[name] - two[name]).norm() < 5e-3 * one[name].norm(), name
+    assert set(one) == set(two) and set(header["readers"]) < set(one)
+    for name in one:  # labels drawn near a tie may differ by a rounding, and with them gradients
+        most = 5e-3 if name in header["readers"] else 5e-2
+        assert (one[name] - two[name]).norm() < most * one[name].norm(), name
 
 
 def test_scores_do_not_depend_on_the_number_of_ranks(two_ranks, tiny_env, tmp_path):
@@ -863,29 +867,46 @@ def pr1471_run(tiny_env, tmp_path_factory):
     return TinyRun(cwd, "a", outcome)
 
 
+def coded_tensors(run: TinyRun):
+    """Return an artifact's small tensors by name, and name -> (codes, steps) of the others."""
+    header, tensors = train_gpt.read_tensors(run.folder / "final_model.int6.ptz", "artifact")
+    config = train_gpt.adopt(train_gpt.load_config({"STAGE": "evaluate"}), header, "evaluate", "")
+    model = train_gpt.meta_model(config)
+    order = [name for name, kind in train_gpt.plan_storage(model, config).items()
+             if kind.startswith("int")]
+    shapes = [model.get_parameter(name).shape for name in order]
+    rows, columns = zip(*shapes, strict=True)
+    pairs = zip(tensors.pop("row_classes").split(rows),
+                tensors.pop("column_classes").split(columns), strict=True)
+    classes = [train_gpt.element_classes(*pair) for pair in pairs]
+    codes = train_gpt.decode_codes(tensors, torch.cat(classes), config.compressor)
+    parts = codes.split([len(c) for c in classes]), tensors.pop("steps").split(rows)
+    coded = {name: (code.view(shape), step)
+             for name, shape, code, step in zip(order, shapes, *parts, strict=True)}
+    return tensors, coded
+
+
 def test_pr1471_solves_the_matrices_and_rounds_the_embeddings(pr1471_run):
     (collected,) = pr1471_run.events("collected")
     (quantized,) = pr1471_run.events("quantized")
     assert collected["hessians"] == quantized["gptq"] == INT6_MATRICES
     assert quantized["rounded"] == 0, "its log counts matrices alone"
     _, weights = train_gpt.read_tensors(pr1471_run.folder / "final_model.weights", "weights")
-    _, tensors = train_gpt.read_tensors(pr1471_run.folder / "final_model.int6.ptz", "artifact")
+    _, coded = coded_tensors(pr1471_run)
     for name in ("tok_emb.weight", "ve.table.weight"):
         w = weights[name]
         radius = 20 * w.std(dim=1, keepdim=True)
         steps = (radius / 127).clamp_min(1 / 127)
         codes = (w.clamp(-radius, radius) / steps).round().clamp(-127, 127)
-        assert torch.equal(tensors[f"{name}.codes"], codes.to(torch.int8)), name
+        assert torch.equal(coded[name][0], codes.to(torch.int8)), name
 
 
 def test_pr1471_has_its_floors_its_dtype_and_its_count(pr1471_run):
-    _, tensors = train_gpt.read_tensors(pr1471_run.folder / "final_model.int6.ptz", "artifact")
-    steps = {name: t for name, t in tensors.items() if name.endswith(".steps")}
-    for name, step in steps.items():
+    controls, coded = coded_tensors(pr1471_run)
+    for name, (_, step) in coded.items():
         floor = torch.tensor(1 / 127 if step.shape[0] == VOCAB_SIZE else 1 / 31).half()
         assert (step >= floor).all(), name
-    controls = [t for name, t in tensors.items() if not name.endswith((".steps", ".codes"))]
-    assert controls and all(t.dtype == torch.float16 for t in controls)
+    assert controls and all(t.dtype == torch.float16 for t in controls.values())
     assert scores_of(pr1471_run)["roundtrip"]["tokens"] == (VAL_TOKENS - 1) // 64 * 64
     assert pr1471_run.events("search") == [] and pr1471_run.outcome.result["multiplier"] == 1
 

@@ -6,7 +6,7 @@ Real recurrence, lanes and value embeddings at about 5 million parameters, on En
 make the shards first, with the 1,024-piece tokenizer of the challenge, from a training file and a
 validation file of documents, as data/README.md tells ("Your own text"):
 
-    python data/tokenize_corpus.py VAL.jsonl.xz TRAIN.jsonl.xz --val-docs N --name bench_sp1024 …
+    python data/tokenize_corpus.py VAL.jsonl TRAIN.jsonl.xz --val-docs N --name bench_sp1024 …
 
 Weights and statistics land in runs/bench_s<seed>/. A copy of train_gpt.py is kept there too and
 used to go on, so that editing the script does not spoil a run that takes hours on two cores.
@@ -26,7 +26,7 @@ SETTINGS = dict(
     TRAIN_SEQ_LEN=512, EVAL_SEQ_LEN=512, TRAIN_BATCH_TOKENS=8192, MICRO_BATCH_TOKENS=8192,
     MAX_WALLCLOCK_SECONDS=0, RECUR_START_FRAC=0.35, MUON_MOMENTUM_WARMUP_FRAC=0.3,
     EMA_DECAY=0.99, WARMUP_STEPS=2, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=20, FP16_MAX_NUMEL=4096,
-    VAL_BATCH_TOKENS=65_536, GPTQ_CALIBRATION_BATCHES=256, CHECKPOINT_EVERY_SECONDS=120,
+    VAL_BATCH_TOKENS=65_536, GPTQ_CALIBRATION_BATCHES=256, FISHER_BATCHES=32, CHECKPOINT_EVERY_SECONDS=120,
     DEVICE="cpu")
 
 
