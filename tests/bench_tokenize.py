@@ -1,8 +1,12 @@
-"""Measure tokenize_corpus against SentencePiece alone: python tests/bench_tokenize.py FILE.jsonl.xz
+"""Measure tokenize_corpus against SentencePiece alone.
 
-Prints the throughput of SentencePiece's own batched encode on texts held in memory, of the whole
-tool from .jsonl.xz and from .jsonl on the same texts, in turns, and the tool's peak memory on two
-sizes of text. No test: pytest does not collect it.
+    python tests/bench_tokenize.py train_*.jsonl.xz --tokenizer fineweb_8192_bpe.model
+    python tests/bench_tokenize.py val.jsonl.xz --compare fineweb_*.model
+
+The first prints the throughput of SentencePiece's own batched encode on texts held in memory, and
+of the whole tool from .jsonl.xz and from .jsonl on the same texts (the first file's), in turns; and
+the tool's peak memory on two sizes of text. The second prints what tokenizers make of the texts: a
+table of tokens, bytes a token, and what normalisation changes. No test: pytest does not collect it.
 """
 
 import argparse
@@ -18,6 +22,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "data"))
+import caseops  # noqa: E402
 import documents  # noqa: E402
 import encoding  # noqa: E402
 import tokenize_corpus  # noqa: E402
@@ -25,10 +30,11 @@ import tokenize_corpus  # noqa: E402
 VAL_DOCS = 50
 
 
-def seconds_of(action) -> float:
-    start = time.perf_counter()
+def seconds_of(action) -> tuple[float, float]:
+    """Return the wall and the CPU seconds of an action; the latter hold on a busy machine too."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 def encode_alone(tokenizer, texts, workers):
@@ -61,11 +67,13 @@ def measure_speed(packed, args, folder, options):
             seconds[name].append(seconds_of(action))
     print(f"{text_mb:.1f} MB of text in {len(texts):,} documents, {args.workers} workers, "
           f"{args.repeats} runs each, options: {' '.join(options) or 'none'}")
-    alone = statistics.median(seconds["SentencePiece alone"])
-    for name, found in seconds.items():
-        median = statistics.median(found)
-        print(f"  {name:22s} {text_mb / median:6.2f} MB/s   {alone / median:.3f} of alone   "
-              f"({min(found):.2f} to {max(found):.2f} s)")
+    medians = {name: [statistics.median(column) for column in zip(*found)]
+               for name, found in seconds.items()}
+    alone, alone_cpu = medians["SentencePiece alone"]
+    for name, (wall, cpu) in medians.items():
+        walls = [wall for wall, _ in seconds[name]]
+        print(f"  {name:20s} {text_mb / wall:6.2f} MB/s, {alone / wall:.3f} of alone "
+              f"({min(walls):.2f} to {max(walls):.2f} s); CPU {cpu:.2f} s, {alone_cpu / cpu:.3f}")
 
 
 def write_jsonl(path, texts):
@@ -93,14 +101,46 @@ def measure_memory(packed, args, folder, options):
               f"{usage.ru_maxrss / 1024:.0f} MiB")
 
 
+def compare_tokenizers(files, tokenizers):
+    """Print one row of a Markdown table per file and tokenizer; bytes a token count the BOS."""
+    print("| text | tokenizer | tokens | raw bytes | bytes a token | documents | changed by "
+          "normalisation | in length | bytes by which |\n|---|---|---|---|---|---|---|---|---|")
+    for path in files:
+        raws = [d.text for d in documents.read_documents([path], documents.Source())]
+        for model in tokenizers:
+            print(f"| {path.name} | {model.stem} | {table_row(raws, model)} |")
+
+
+def table_row(raws, model):
+    """Return the figures of one tokenizer on some documents; CaseOps counts as undone again."""
+    processor = encoding.load_processor(model)
+    undo, texts = str, raws
+    if processor.piece_to_id(caseops.TITLE) != processor.unk_id():
+        undo, texts = caseops.from_caseops, [caseops.encode_utf8(raw) for raw in raws]
+    tokens = sum(map(len, encoding.encode_batch(processor, texts, tokenize_corpus.cores())))
+    read_back = [undo(encoding.normalised_text(processor, text.decode())).encode()
+                 for text in texts]
+    raw_bytes = sum(map(len, raws))
+    pairs = list(zip(raws, read_back))
+    figures = (f"{tokens:,}", f"{raw_bytes:,}", f"{raw_bytes / tokens:.4f}", f"{len(raws):,}",
+               f"{sum(a != b for a, b in pairs):,}", f"{sum(len(a) != len(b) for a, b in pairs):,}",
+               f"{sum(len(b) - len(a) for a, b in pairs):+,}")
+    return " | ".join(figures)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tokenizer", type=Path)
+    what.add_argument("--compare", type=Path, nargs="+", metavar="TOKENIZER")
     parser.add_argument("--workers", type=int, default=tokenize_corpus.cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory-mb", type=int, nargs="*", default=[50, 200])
     args, options = parser.parse_known_args()  # whatever else goes to the tool
+    if args.compare:
+        return compare_tokenizers(args.files, args.compare)
     with tempfile.TemporaryDirectory() as folder:
         measure_speed(args.files[:1], args, Path(folder), options)
         measure_memory(args.files, args, Path(folder), options)
