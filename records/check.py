@@ -10,9 +10,8 @@ artifact anew with the folder's script, on the data that DATA_PATH and TOKENIZER
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -326,13 +325,11 @@ def coverage(record: Record) -> Verdict:
     return verdict(rule, faults, f"{max(counts, default=0):,} targets")
 
 
-@functools.cache
 def catalogue() -> Any:
     """Return data/catalogue.py, the table of published validation sets."""
-    spec = importlib.util.spec_from_file_location("catalogue", REPOSITORY / "data" / "catalogue.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if str(REPOSITORY / "data") not in sys.path:
+        sys.path.append(str(REPOSITORY / "data"))
+    return importlib.import_module("catalogue")
 
 
 def expected_bytes(tokens: int) -> int | None:

@@ -120,7 +120,7 @@ def look(codes: Mapping[str, Any], weights: Mapping[str, Any], originals: Mappin
     for name, kind in storage.items():
         weight, coded, original = weights[name], codes.get(name), originals.get(name)
         number, counts, entropy, at_limit = weight.numel(), {}, None, None
-        size = sizes.get(name, 0)
+        size = float(sizes.get(name, 0))
         if coded is not None:
             counts, limit = histogram(coded), limits[kind]
             size = spent * ideal[name] / sum(ideal.values())

@@ -183,7 +183,7 @@ def unfold_words(folded: str) -> str:
 
 def pack_text(text: str) -> bytes:
     """Return a self-extracting script that runs ASCII `text`; equal texts give equal bytes."""
-    import brotli
+    import brotli  # type: ignore[import-untyped]
     payload = brotli.compress(fold_words(text).encode("latin-1"), quality=11, lgwin=18)
     head, tail = LOADER.encode().split(b"PAYLOAD")
     packed = MARK + head + string_body(payload) + tail
@@ -200,10 +200,10 @@ def unpack_script(data: bytes) -> str:
     try:
         if not data.startswith(MARK):
             return data.decode("utf-8")
-        import brotli
-        payload = next(node.func.value.value for node in ast.walk(ast.parse(data))
-                       if isinstance(node, ast.Call) and node.args  # '…'.encode('l1')
-                       and isinstance(node.func, ast.Attribute) and node.func.attr == "encode")
+        import brotli  # type: ignore[import-untyped]
+        payload = next(str(node.value.value) for node in ast.walk(ast.parse(data))
+                       if isinstance(node, ast.Attribute) and node.attr == "encode"
+                       and isinstance(node.value, ast.Constant))  # '…'.encode('l1')
         return unfold_words(brotli.decompress(payload.encode("latin-1")).decode("latin-1"))
     except ImportError:
         raise ScriptError("brotli is not installed: pip install 'brotli>=1.2'") from None
