@@ -20,6 +20,8 @@ from train_gpt import (
     Calibration,
     Clock,
     Log,
+    Role,
+    collect_fisher,
     collect_stats,
     layouts_of,
     load_config,
@@ -135,7 +137,8 @@ def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
 
 
 @pytest.mark.parametrize("env, matrices, observed", [
-    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0", "STEP_RULE": "sdclip"}, 66, 44),
+    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45),
+    ({"EMBED_GPTQ": "0", "STEP_RULE": "sdclip"}, 66, 44),
     ({"FP16_MAX_NUMEL": "0"}, 68, 46), ({"FP16_MAX_NUMEL": "131072"}, 45, 45)])
 def test_published_counts_of_hessians(env, matrices, observed):
     """Four observed inputs a layer; q, k and v share one; the table reads the head's input."""
@@ -204,7 +207,8 @@ def test_the_first_rank_alone_reads_its_eighth_of_each_batch(changes, world_size
 
 # ---- the collected means -------------------------------------------------------------------
 
-BIG = dict(step_rule="sdclip", train_batch_tokens=192, micro_batch_tokens=16, gptq_calibration_batches=5)
+BIG = dict(step_rule="sdclip", train_batch_tokens=192, micro_batch_tokens=16,
+           gptq_calibration_batches=5)
 
 
 class Windows:
@@ -293,3 +297,83 @@ def test_the_reserve_covers_every_forward_of_the_busiest_rank(world_size):
     assert all(seconds == found[0][0] > 2.0 * busiest for seconds, _ in found)
     asked = Calibration(MODEL, toy_config(**BIG, gptq_reserve_seconds=1e4), Rank())
     assert asked.reserve_seconds() == 1e4
+
+
+# ---- Fisher information --------------------------------------------------------------------
+
+
+def fisher_names(model):
+    return [name for name, p in model.named_parameters()
+            if p.ndim == 2 and p.role is not Role.CONTROL]
+
+
+def slow_gradients(model, layout, tokens, labels):
+    """Return name -> [gradient of each use's output], from zeros added to the outputs."""
+    added, handles = {}, []
+
+    def watch(name, module):
+        def on_output(_, inputs, out):
+            zero = torch.zeros_like(out, requires_grad=True)
+            added.setdefault(name, []).append(zero)
+            return out + zero
+        handles.append(module.register_forward_hook(on_output))
+    for name in fisher_names(model):
+        watch(name, model.get_submodule(name.removesuffix(".weight")))
+    logits = model.logits(tokens, layout).flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return {name: [zero.grad.flatten(0, 1) for zero in zeros] for name, zeros in added.items()}
+
+
+def test_fisher_information_equals_a_slow_gathering():
+    config = toy_config()
+    model, layout = random_model(config), layouts_of(config)[1]
+    tokens = random_tokens(config, 3, 8)
+    names = fisher_names(model)
+    found, count = collect_fisher(model, layout, [tokens], names, seed=7)
+    assert count == 24 and all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        odds = model.logits(tokens, layout).flatten(0, 1).softmax(-1)
+    labels = torch.multinomial(odds, 1, generator=torch.Generator().manual_seed(7))[:, 0]
+    slow = slow_gradients(model, layout, tokens, labels)
+    assert set(found) == {f"fisher.{name}" for name in names} | {
+        "gradient.tok_emb.weight", "gradient.ve.table.weight"}
+    for name in names:
+        if name in ("tok_emb.weight", "ve.table.weight"):
+            (grads,) = slow[name]
+            torch.testing.assert_close(found[f"gradient.{name}"], grads.T @ grads, rtol=1e-4,
+                                       atol=1e-5)
+            continue
+        uses = slow[name]  # a layer that runs twice: the mean of both
+        expected = sum(g.square().sum(0) for g in uses) / len(uses)
+        torch.testing.assert_close(found[f"fisher.{name}"], expected, rtol=1e-4, atol=1e-6)
+    assert found["fisher.ve.table.weight"].tolist() == torch.bincount(
+        tokens.flatten(), minlength=config.vocab_size).tolist()
+
+
+def test_the_heads_information_is_the_expected_square_over_all_labels():
+    config = toy_config(logit_softcap=3.0)  # a cap that bends the logits
+    model, layout = random_model(config), layouts_of(config)[0]
+    tokens = random_tokens(config, 1, 5)
+    found, _ = collect_fisher(model, layout, [tokens], ["tok_emb.weight"], seed=0)
+    with torch.no_grad():
+        hidden = model(tokens, layout).flatten(0, 1)
+    raw = (hidden @ model.tok_emb.weight.detach().T).requires_grad_()
+    odds = (3 * torch.tanh(raw / 3)).log_softmax(-1)
+    expected = torch.zeros(config.vocab_size)
+    for label in range(config.vocab_size):
+        (grad,) = torch.autograd.grad(odds[:, label].sum(), raw, retain_graph=True)
+        expected += (odds[:, label:label + 1].exp() * grad.square()).sum(0).detach()
+    torch.testing.assert_close(found["fisher.tok_emb.weight"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_fisher_information_is_the_same_on_any_number_of_ranks(world_size):
+    config = toy_config(**dict(BIG, step_rule="fisher"), fisher_batches=3)
+    alone = collect(config, Rank())
+    assert len(calibration_of(config).fisher_shares()) == 9
+    for means in on_ranks(world_size, lambda runtime: collect(config, runtime)):
+        assert list(means) == list(alone)
+        assert_same_stats(means, alone)

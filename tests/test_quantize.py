@@ -1,5 +1,6 @@
 """Codes against the slow references; the steps, the damping and the search for the byte budget."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -27,8 +28,10 @@ from train_gpt import (
     gaussian_bits,
     gptq,
     round_to_nearest,
+    sensitive_steps,
     solve_estimate,
     step_sizes,
+    steps_from_codes,
     stored_steps,
 )
 
@@ -386,3 +389,96 @@ def test_the_estimate_is_met_to_a_few_parts_in_ten_thousand(coder, share):
     multiplier = solve_estimate(coder.estimate, target, known)
     assert known[multiplier] <= target
     assert known[multiplier] >= 0.9998 * target or multiplier == FINEST
+
+
+# ---- steps by sensitivity ------------------------------------------------------------------
+
+
+def factors_of(columns, count=1):
+    return factor_hessians(torch.stack([hessian_of(columns, 400) for _ in range(count)]))
+
+
+@pytest.mark.parametrize("row_power, column_power",
+                         [(1.0, 1.0), (1.0, 0.5), (0.0, 0.0), (0.5, 0.5)])
+def test_steps_share_the_expected_loss_evenly(row_power, column_power):
+    """With full powers every weight costs the same; with none only the tensor's mean counts."""
+    factors, fisher = factors_of(24), 10 ** (4 * torch.rand(1, 6, dtype=torch.float64))
+    rows, columns = sensitive_steps(fisher, factors, (row_power, column_power))
+    spread = torch.empty(24, dtype=torch.float64)
+    spread[factors.order_NC[0]] = factors.upper_NCC[0].diagonal()
+    steps = 2 ** (rows[0][:, None] + columns[0][None, :])
+    cost = fisher[0][:, None] * (steps / spread) ** 2
+    if (row_power, column_power) == (1.0, 1.0):
+        even = torch.full_like(cost, cost.mean().item())
+        torch.testing.assert_close(cost, even, rtol=0.1, atol=0)
+    if row_power == 0:
+        assert (rows[0] - rows[0, 0]).abs().max() < 2e-3
+    assert columns.mean().abs() < 1e-9
+    mean_cost = cost.log2().mean(1)  # the more a row's power counts, the less its cost varies
+    order = fisher[0].argsort()
+    slope = (mean_cost[order][-1] - mean_cost[order][0]) / (fisher[0][order][-1]
+                                                            / fisher[0][order][0]).log2()
+    assert slope.item() == pytest.approx(1 - row_power, abs=0.1)
+
+
+def test_doubling_a_tensors_information_takes_half_an_octave():
+    factors, fisher = factors_of(16), torch.rand(1, 5, dtype=torch.float64)
+    once, _ = sensitive_steps(fisher, factors, (1.0, 0.5))
+    twice, _ = sensitive_steps(2 * fisher, factors, (1.0, 0.5))
+    torch.testing.assert_close(once - twice, torch.full_like(once, 0.5))
+
+
+def test_step_codes_are_eighths_of_an_octave():
+    codes = torch.tensor([-128, -16, -1, 0, 1, 8, 127], dtype=torch.int8)
+    expected = [2.0 ** (code / 8) for code in codes.tolist()]
+    assert torch.equal(steps_from_codes(codes), torch.tensor(expected))
+
+
+def test_gptq_with_column_steps_equals_gptq_of_rescaled_columns():
+    w = torch.randn(2, 5, 140, dtype=torch.float64)
+    hessians = torch.stack([hessian_of(140, 400) for _ in range(2)])
+    columns = 2 ** torch.randn(2, 140, dtype=torch.float64)
+    steps = torch.full((2, 5), 0.1, dtype=torch.float64)
+    factors = factor_hessians(hessians)
+    found = gptq(w, factors, steps, 127, columns)
+    # in units of its step every column has step 1, and the inverse Hessian's factor scales along
+    ordered = columns.gather(1, factors.order_NC)
+    scaled = dataclasses.replace(factors, upper_NCC=factors.upper_NCC / ordered[:, None, :])
+    assert torch.equal(found, gptq(w / columns[:, None, :], scaled, steps, 127))
+
+
+@pytest.mark.parametrize("multiplier", (0.35, 1.0, 4.0))
+def test_no_weight_is_clipped_under_steps_by_sensitivity(multiplier):
+    quantizer = quantizer_of(toy_config())
+    for name, (codes, rows, columns) in quantizer.codes_at(multiplier, solved=False).items():
+        steps = multiplier * steps_from_codes(rows)
+        restored = dequantize(codes, steps, steps_from_codes(columns))
+        half = 0.5 * steps[:, None] * steps_from_codes(columns)
+        assert ((restored - quantizer.weights[name]).abs() <= half * (1 + 1e-4)).all(), name
+
+
+def test_steps_by_sensitivity_lose_less_of_the_expected_loss_at_equal_bytes():
+    """The cost that rows' information and columns' Hessian predict, at the bytes of SDClip."""
+    weights, hessians = weights_and_hessians(toy_config())
+    fisher = {name: 10 ** (3 * torch.rand(len(weights[name]))) for name in hessians}
+    cost, size = {}, {}
+    for rule in ("sdclip", "fisher"):
+        config = toy_config(step_rule=rule)
+        quantizer = Quantizer(weights, Sensitivity(hessians, fisher), config, torch.device("cpu"))
+
+        def bytes_at(multiplier, quantizer=quantizer):
+            return sum(entropy_bytes(c[0]) for c in quantizer.codes_at(multiplier).values())
+
+        multiplier = solve_estimate(bytes_at, size.get("sdclip", 9_000), {})
+        size[rule], total = bytes_at(multiplier), 0.0
+        for name, (codes, rows, columns) in quantizer.codes_at(multiplier).items():
+            if rule == "fisher":
+                restored = dequantize(codes, multiplier * steps_from_codes(rows),
+                                      steps_from_codes(columns))
+            else:
+                restored = dequantize(codes, rows)
+            error = (restored - weights[name]).double()
+            total += ((error @ hessians[name].double() * error).sum(1) * fisher[name]).sum().item()
+        cost[rule] = total
+    assert size["fisher"] <= size["sdclip"] * 1.001
+    assert cost["fisher"] < 0.5 * cost["sdclip"]
