@@ -132,7 +132,10 @@ def settled(curves: Sequence[Curve]) -> tuple[list[Curve], tuple[float, float]]:
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
     """Draw curves, lines and names into a placed panel."""
-    curves, limits = settled(panel.curves)
+    curves, (low, high) = settled(panel.curves)
+    if panel.level:
+        low, high = (min(low, panel.level[0] - 0.05 * (high - panel.level[0])),
+                     max(high, panel.level[0] + 0.15 * (panel.level[0] - low)))
     for curve in curves:
         few = len(curve.points) < 4
         axes.plot(*zip(*curve.points), color=curve.colour, markersize=3.5,
@@ -140,7 +143,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
                   drawstyle="steps-pre" if panel.stepped else "default")
     ends = [x for curve in panel.curves for x, _ in curve.points]
     margin = 0.02 * (max(ends) - min(ends)) or 0.5
-    axes.set(xlim=(min(ends) - margin, max(ends) + margin), ylim=limits)
+    axes.set(xlim=(min(ends) - margin, max(ends) + margin), ylim=(low, high))
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     if panel.level:

@@ -156,31 +156,37 @@ def table() -> dict[str, list[Form]]:
     return by_start
 
 
-def gate(prefixes: Iterable[str]) -> Callable[[bytes], object]:
-    """Return a quick test that lets through every line worth a closer look, and few others."""
-    words = sorted({re.escape(prefix[:12]) for prefix in prefixes if prefix})
-    special = (r"Hyperparameters:", r'\{"device": ', r"\d+/\d+ (?:train|val)_", r"\r?\x1b\[K",
-               RANK_TAG.pattern.decode())
-    return re.compile("|".join((*words, *special)).encode()).match
+def gate(prefixes: Iterable[str]) -> tuple[frozenset[bytes], Callable[[bytes], object]]:
+    """Return two tests that let through every line worth a closer look, and few others.
+
+    The first is the set of those lines' first two bytes; the second, slower one sees more.
+    """
+    words = {"Hyperparameters:", '{"device": ', *(prefix[:12] for prefix in prefixes if prefix)}
+    digits = "0123456789"
+    heads = {*(word[:2] for word in words), "\x1b[", "\r\x1b", "[r", "[d",
+             *(a + b for a in "[" + digits for b in digits + "/" if a + b != "[/")}
+    special = (r"\d+/\d+ (?:train|val)_", r"\r?\x1b\[K", RANK_TAG.pattern.decode())
+    pattern = "|".join((*map(re.escape, sorted(words)), *special))
+    return frozenset(head.encode() for head in heads), re.compile(pattern.encode()).match
 
 
 class LineReader:
     """Turns lines of a text log into events; an object, since a settings block spans lines.
 
-    `spoilt` counts lines that begin like a known one but do not go on like it; `foreign_ranks`
-    those that a launcher tagged with a rank other than 0.
+    `heads` holds the first two bytes of every line that can matter outside a settings block, for
+    callers with much to read. `spoilt` counts lines that begin like a known one but do not go on
+    like it; `foreign_ranks` those that a launcher tagged with a rank other than 0.
     """
 
     def __init__(self) -> None:
         self.forms = table()
-        self.gate = gate(form.prefix for forms in self.forms.values() for form in forms)
+        self.heads, self.gate = gate(f.prefix for forms in self.forms.values() for f in forms)
         self.spoilt, self.first_spoilt, self.foreign_ranks = 0, 0, 0
         self.in_settings, self.line_number, self.considered = False, 0, 0
         self.seen: set[str] = set()  # literal starts of the lines understood
 
     def read(self, raw: bytes) -> Event | None:
         """Return the event that a line tells, or None."""
-        self.line_number += 1
         if not self.in_settings and not self.gate(raw):
             return None
         if b"\x1b[K" in raw:  # a progress display shared the console

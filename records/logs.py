@@ -12,14 +12,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from log_forms import SCORE_KINDS, Event, LineReader
 from product import script
 
 CAP_BYTES = 16_000_000
 MAX_LINE_BYTES, MAX_SOURCE_BYTES = 1 << 20, 4 << 20
-MAX_EVENTS = 250_000  # a run prints some ten thousand; what comes after so many is left out
+MAX_EVENTS = 120_000  # a run prints some ten thousand; what comes after so many is left out
 SCORES = ("prequant", "prequant_sliding", *SCORE_KINDS.values())
 RULER = b"=" * 100  # what published scripts print around their own source
 # Events of which a run has one; two that differ are a contradiction.
@@ -244,14 +244,15 @@ class SourceText:
     def __init__(self) -> None:
         self.lines: list[bytes] = []
         self.found: dict[int, str] = {}  # bytes of a text -> its sha256
-        self.size = 0
+        self.size, self.is_open = 0, True
 
     def feed(self, raw: bytes) -> None:
-        if raw.rstrip() == RULER:
+        if raw[:1] == b"=" and raw.rstrip() == RULER:
             self.cut()
-        elif self.size < MAX_SOURCE_BYTES:
+        else:
             self.lines.append(raw)
             self.size += len(raw)
+            self.is_open = self.size < MAX_SOURCE_BYTES  # no program is longer
 
     def cut(self) -> None:
         """End a text here: note its length and hash (the line's own newline left out)."""
@@ -271,7 +272,9 @@ class Collector:
         kind = event["event"]
         if kind in ("source", "environment", "config", "warmup_step") and self.sessions[-1].began:
             self.sessions.append(Session())
+            self.texts.is_open = True
         self.sessions[-1].add(event)
+        self.texts.is_open &= not self.sessions[-1].train
 
     def whole_session(self) -> Session:
         """Return the last training with the later stages that were logged behind it."""
@@ -428,16 +431,6 @@ def missing_of(run: Run) -> list[str]:
     return [name for name, value in stated.items() if value is None or value in ({}, [])]
 
 
-def lines_of(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield lines; of one longer than MAX_LINE_BYTES nothing (no log line is that long)."""
-    continued = False
-    while line := file.readline(MAX_LINE_BYTES):
-        ended = line.endswith(b"\n")
-        if not continued and (ended or len(line) < MAX_LINE_BYTES):
-            yield line
-        continued = not ended
-
-
 def plain_lines(path: Path) -> Iterator[bytes]:
     """Yield a file's lines as UTF-8 bytes; raises LogError when it is empty or no text."""
     with open(path, "rb") as file:
@@ -453,7 +446,7 @@ def plain_lines(path: Path) -> Iterator[bytes]:
             raise LogError(f"{path}: no text (it holds NUL bytes); give a .txt or .log file, an "
                            "events.jsonl, or a run's folder; UTF-16 without its mark: convert it")
         file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-        yield from lines_of(file)
+        yield from file
 
 
 def read_events(path: Path) -> Run:
@@ -483,12 +476,17 @@ def read_events(path: Path) -> Run:
 def read_text(path: Path) -> Run:
     """Read a text log, published or ours."""
     collector, reader = Collector(), LineReader()
-    for raw in plain_lines(path):
+    heads, texts = reader.heads, collector.texts
+    for reader.line_number, raw in enumerate(plain_lines(path), 1):
+        if raw[:2] not in heads and not reader.in_settings or len(raw) > MAX_LINE_BYTES:
+            if texts.is_open:
+                texts.feed(raw)
+            continue
         event = reader.read(raw)
         if event and event["event"] == "environment":
-            collector.texts.cut()
-        elif not collector.sessions[-1].train:
-            collector.texts.feed(raw)
+            texts.cut()
+        elif texts.is_open:
+            texts.feed(raw)
         if event:
             collector.add(event)
         if reader.considered >= MAX_EVENTS:

@@ -84,13 +84,13 @@ def test_the_figure_of_a_run_names_what_its_log_lacks(form, switch, tmp_path, dr
     assert ("recurrence from step 2,000" in labels) == (switch == 2000)
 
 
-def test_the_figure_of_our_own_run_has_all_panels(tiny_run, tmp_path, drawn):
+@pytest.mark.parametrize("norm", [0.01, 1, 1000])  # far below and far above where it is clipped
+def test_the_figure_of_our_own_run_has_all_panels(norm, tiny_run, tmp_path, drawn):
     rows = [json.loads(line) for line in
             (tiny_run.folder / "events.jsonl").read_text().splitlines()]
     for row in rows:
         if row["event"] == "train":
-            row.setdefault("lr_multiplier", 1 - row["step"] / 20)
-            row.setdefault("grad_norm", 1 / row["step"])
+            row["grad_norm"] = norm / row["step"]
     path = tmp_path / "events.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     figures.draw_run(logs.read_run(path), tmp_path / "figure")
