@@ -27,11 +27,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from imports import python_faults
 from product import REPOSITORY, SCRIPT
 
 PACKED = REPOSITORY / "runs" / "submission" / "train_gpt.py"
 MARK = b"#coding:l1\n"  # the first line of a packed script; each byte is one character
-FIRST_CODE, NUM_CODES = 128, 128  # the program is ASCII: its commonest words become these
+CODES = range(128, 256)  # bytes that ASCII leaves free stand for the commonest words
 # mkstemp and replace: several ranks may start at once, and a file is there whole or not at all.
 # The owner's id is in the name because nobody may replace another user's temporary file.
 # `linecache` answers for classes, whose source Python looks for in the module's __file__.
@@ -41,7 +42,7 @@ try:import brotli
 except ImportError:raise SystemExit('error: brotli is not installed: pip install "brotli>=1.2"')
 *w,s=brotli.decompress('''PAYLOAD'''.encode('l1')).decode('l1').split('\\0')
 for i,x in enumerate(w,128):s=s.replace(chr(i),x)
-s=s.encode()
+s=s.encode('l1')
 d=tempfile.gettempdir()
 f,t=tempfile.mkstemp(dir=d)
 with open(f,'wb')as f:f.write(s)
@@ -113,7 +114,7 @@ def undocumented(node):
 
 
 def strip_source(source: str) -> str:
-    """Return the same program in as few ASCII characters as keep every name.
+    """Return the same program in as few characters as keep every name.
 
     Raises ScriptError where the source does not parse or reads docstrings other than its own.
     """
@@ -127,9 +128,8 @@ def strip_source(source: str) -> str:
                               "drops: give that text a name of its own")
     own = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
     stripped = ast.fix_missing_locations(Stripper(own).visit(tree))
-    # only string constants hold other characters, and there an escape is the same constant
-    text = print_tree(stripped).encode("ascii", "backslashreplace").decode()
-    if ast.dump(ast.parse(text)) != ast.dump(stripped):
+    text = print_tree(stripped)
+    if python_faults(text.encode(), "it") or ast.dump(ast.parse(text)) != ast.dump(stripped):
         raise ScriptError("python-minifier printed another program; make the script with the "
                           "version in records/requirements.txt")
     return text
@@ -165,24 +165,30 @@ def string_body(data: bytes) -> bytes:
 
 
 def fold_words(text: str) -> str:
-    """Return the words and the text with each of them as one character, separated by NULs."""
-    counts = Counter(re.findall(r"[A-Za-z_]\w+", text))
+    """Return words and the text with each of them as one character 0..255, separated by NULs.
+
+    Bytes of characters beyond ASCII stay: in the list of words they stand for themselves.
+    """
+    view = text.encode().decode("latin-1")  # a character a byte
+    counts = Counter(re.findall(r"[A-Za-z_][A-Za-z_0-9]+", view))
+    free = [chr(code) for code in CODES if chr(code) not in view]
     ranked = sorted(counts, key=lambda word: (-counts[word] * len(word), word))
-    codes = {word: chr(FIRST_CODE + i) for i, word in enumerate(sorted(ranked[:NUM_CODES]))}
-    folded = re.sub(r"[A-Za-z_]\w+", lambda found: codes.get(found[0], found[0]), text)
-    return "\0".join([*codes, folded])
+    codes = dict(zip(sorted(ranked[:len(free)]), free))
+    folded = re.sub(r"[A-Za-z_][A-Za-z_0-9]+", lambda m: codes.get(m[0], m[0]), view)
+    words = {code: word for word, code in codes.items()}
+    return "\0".join([*(words.get(chr(code), chr(code)) for code in CODES), folded])
 
 
 def unfold_words(folded: str) -> str:
     """Return the text that `fold_words` was given, as the loader does."""
     *words, text = folded.split("\0")
-    for code, word in enumerate(words, FIRST_CODE):
+    for code, word in zip(CODES, words):
         text = text.replace(chr(code), word)
-    return text
+    return text.encode("latin-1").decode()
 
 
 def pack_text(text: str) -> bytes:
-    """Return a self-extracting script that runs ASCII `text`; equal texts give equal bytes."""
+    """Return a self-extracting script that runs `text`; equal texts give equal bytes."""
     import brotli  # type: ignore[import-untyped]
     payload = brotli.compress(fold_words(text).encode("latin-1"), quality=11, lgwin=18)
     head, tail = LOADER.encode().split(b"PAYLOAD")

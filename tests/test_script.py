@@ -138,7 +138,7 @@ def test_python_reads_any_bytes_back_from_the_string(data):
 @given(st.text("ab_ 19+é▁\n'", max_size=60))
 def test_any_string_constant_survives(value):
     names: dict = {}
-    text = script.strip_source(f"value, value_a = {value!r}, 1")
+    text = script.strip_source(f"value, value_a = {value!r} + f\"{{'…×'[:2]}}\"[2:], 1")
     exec(script.unpack_script(script.pack_text(text)), names)
     assert names["value"] == value
 
