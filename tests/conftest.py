@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from forks import Nursery
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "train_gpt.py"
@@ -161,3 +162,31 @@ def tiny_run(tiny_env, tmp_path_factory):
     outcome = run_script({**tiny_env, "RUN_ID": "tiny"}, cwd)
     assert outcome.rc == 0, outcome.stderr
     return TinyRun(cwd, "tiny", outcome)
+
+
+# Every stage of the tiny model in about a second: no search, no validation on the way.
+SMALL_RUN = dict(RUN_ID="x", WARMUP_STEPS=0, ITERATIONS=8, VAL_LOSS_EVERY=0, PREQUANT_SLIDING=0,
+                 EVAL_STRIDE=32, GPTQ_CALIBRATION_BATCHES=4, SDCLIP_K=6, SDCLIP_K_EMBED=10,
+                 ARTIFACT_MAX_BYTES=1_000_000)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """A process that forks runs of the script."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="session")
+def small_env(tiny_env):
+    return {**tiny_env, **SMALL_RUN}
+
+
+@pytest.fixture(scope="session")
+def small_run(nursery, small_env, tmp_path_factory):
+    """The folder of an undisturbed run of `small_env`. Read-only."""
+    cwd = tmp_path_factory.mktemp("small_run")
+    run = nursery.run(small_env, cwd)
+    assert run.rc == 0, run.stderr
+    return cwd

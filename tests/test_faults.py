@@ -14,34 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, SCRIPT, run_script
-from forks import Ended, Nursery
+from forks import Ended
 from toys import toy_config
 
 import train_gpt
 from train_gpt import ConfigError, Journal
 
-# Every stage in about a second: no search, no validation on the way.
-SMALL = dict(RUN_ID="x", WARMUP_STEPS=0, ITERATIONS=8, VAL_LOSS_EVERY=0, PREQUANT_SLIDING=0,
-             EVAL_STRIDE=32, GPTQ_CALIBRATION_BATCHES=4, SDCLIP_K=6, SDCLIP_K_EMBED=10,
-             ARTIFACT_MAX_BYTES=1_000_000)
 RESUME = dict(RESUME=1)
 OFTEN = dict(CHECKPOINT_EVERY_SECONDS=1e-4)  # a checkpoint before each step
 KINDS = {"final_model.weights": "weights", "final_model.stats": "stats",
          "final_model.int6.ptz": "artifact", "checkpoint": "checkpoint"}
 PRODUCTS = {"final_model.weights", "final_model.stats", "final_model.int6.ptz", "scores.json"}
 LOST_TOUCH = "lost touch with another rank"
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
-@pytest.fixture(scope="module")
-def small_env(tiny_env):
-    return {**tiny_env, **SMALL}
 
 
 def products(cwd) -> dict[str, str]:
@@ -56,25 +40,26 @@ def products(cwd) -> dict[str, str]:
             for name in PRODUCTS if (folder / name).exists()}
 
 
-def undisturbed(runs: list[Ended], cwd) -> dict[str, str]:
-    assert [run.rc for run in runs] == [0] * len(runs), runs
+def complete(cwd) -> dict[str, str]:
+    """Return the products of a run that has all of them and left nothing half-written."""
     found = products(cwd)
     assert set(found) == PRODUCTS and not list(cwd.rglob("*.part"))
     return found
 
 
 @pytest.fixture(scope="module")
-def whole(nursery, small_env, tmp_path_factory):
-    """The products of one rank that nothing disturbed. Read-only."""
-    cwd = tmp_path_factory.mktemp("whole")
-    return cwd, undisturbed([nursery.run(small_env, cwd)], cwd)
+def whole(small_run):
+    """What nothing disturbed: the folder and the products of one rank."""
+    return small_run, complete(small_run)
 
 
 @pytest.fixture(scope="module")
 def whole_of_two(nursery, small_env, tmp_path_factory):
-    """The same of two ranks, whose sums are rounded otherwise."""
+    """The products of two ranks, whose sums are rounded otherwise."""
     cwd = tmp_path_factory.mktemp("whole_of_two")
-    return undisturbed([rank.wait() for rank in nursery.start_ranks([small_env] * 2, cwd)], cwd)
+    for rank in nursery.start_ranks([small_env] * 2, cwd):
+        assert rank.wait().rc == 0
+    return complete(cwd)
 
 
 def errors(run: Ended) -> list[str]:
