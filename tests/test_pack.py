@@ -6,7 +6,6 @@ import shlex
 import shutil
 import statistics
 from pathlib import Path
-from unittest import mock
 
 import conftest
 import pytest
@@ -15,7 +14,7 @@ pytest.importorskip("python_minifier")
 jsonschema = pytest.importorskip("jsonschema")
 import record as record_module  # noqa: E402
 from conftest import REPO, read_events  # noqa: E402
-from record_toys import SEEDS, Seeds, edit, finished_seeds, made_record, pack  # noqa: E402
+from record_toys import QUICK, SEEDS, Seeds, edit, finished_seeds, made_record, pack  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +67,8 @@ def test_logs_and_script_are_the_runs_own_bytes(seeds, record):
 
 def test_readme_names_every_changed_setting_and_the_machine(record):
     text = (record / "README.md").read_text(encoding="utf-8")
-    for name, value in {**conftest.TINY_MODEL, **conftest.TINY_RUN}.items():
-        if name not in ("NUM_KV_HEADS", "MAX_WALLCLOCK_SECONDS"):
-            assert f"| `{name}` | {value} |" in text or f"{name}={value}" in text
+    for name, value in {**conftest.TINY_MODEL, **conftest.TINY_RUN, **QUICK}.items():
+        assert f"| `{name}` | {value} |" in text or f"\n{name}={value}\n" in text
     assert "## Legality" in text and "torch " in text
 
 
@@ -89,8 +87,8 @@ def test_readme_command_makes_the_same_score_from_the_folder(record, seeds, tiny
     line = next(line for line in (folder / "README.md").read_text().splitlines()
                 if line.endswith("train_gpt.py") and "=" in line)
     settings = dict(word.split("=", 1) for word in shlex.split(line) if "=" in word)
-    with mock.patch.object(conftest, "SCRIPT", folder / "train_gpt.py"):
-        done = conftest.run_script({**settings, **tiny_data.env()}, folder)
+    done = conftest.run_script({**settings, **tiny_data.env()}, folder,
+                               script=folder / "train_gpt.py")
     assert done.rc == 0, done.stderr
     assert done.result["sliding_bpb"] == results(seeds)[int(settings["SEED"])]["sliding_bpb"]
 
