@@ -62,6 +62,18 @@ class Bench:
         self.base = self.log_odds(self.weights)
         self.nats = self.nats_of(self.base)
 
+    def calibrate(self):
+        """Collect the statistics anew, from the training shards beside the validation text."""
+        runtime = t.Runtime({}, self.config)
+        model = t.GPT(self.config)
+        t.load_weights(model, self.weights)
+        shards = t.ShardSet(t.find_shards(self.config.shard_dir, "train"),
+                            self.config.train_seq_len)
+        calibration = t.Calibration(model, self.config, runtime)
+        self.stats = calibration.run(self.layout, t.Loader(shards, self.config, runtime), t.Clock(),
+                                     t.Log(False))
+        self.stats_header = dict(readers=calibration.readers)
+
     def config_of(self, changes: dict) -> t.Config:
         stored = t.stored_settings(self.header, Path("weights"))
         env = {name.upper(): t.show_value(value) for name, value in stored.items()
@@ -118,9 +130,16 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets",
                         help="settings of one more variant, instead of the table")
     parser.add_argument("--bytes", type=int, help="file bytes of each variant (the yardstick's)")
+    parser.add_argument("--calibrate", metavar="SETTINGS",
+                        help="collect the statistics anew with these settings, for example "
+                             "'TRAIN_BATCH_TOKENS=8192 GPTQ_CALIBRATION_BATCHES=256'")
     options = parser.parse_args()
     env = dict(DATA_PATH=options.data, TOKENIZER_PATH=options.tokenizer, DEVICE="cpu")
     bench = Bench(options.folder, env, options.tokens)
+    if options.calibrate:
+        bench.env |= parse_settings(options.calibrate)
+        bench.config = bench.config_of({})
+        bench.calibrate()
     print(f"{bench.count} targets, unquantised {bench.nats / math.log(2) / bench.bytes:.4f} bpb")
     rows = [(text or "default", text) for text in options.sets] or TABLE[1:]
     yardstick, first = None, ("yardstick", YARDSTICK)
