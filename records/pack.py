@@ -182,8 +182,9 @@ def readme(data: dict[str, Any], run: Run, base: tuple[str, dict[str, str]], ext
              f"## What differs from {base_name}", "\n".join(changed), "## Run it",
              f"In this folder, on {data['hardware']} ({versions}):",
              f"```sh\npip install -r requirements.txt\n{command(run)}\n```",
-             "`train_gpt.py` unpacks itself: its text, without comments, is at the head of each "
-             "log.", "## Legality", "\n".join(legality), "## All settings",
+             "`DATA_PATH` and `TOKENIZER_PATH` say where the shards and the tokenizer are, from "
+             "where the command starts. `train_gpt.py` unpacks itself: its text, without comments, "
+             "is at the head of each log.", "## Legality", "\n".join(legality), "## All settings",
              "```\n" + "\n".join(everything) + "\n```"]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
