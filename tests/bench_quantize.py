@@ -107,7 +107,7 @@ class Bench:
         known = t.sensitivity_of(self.stats, self.stats_header["readers"], self.weights,
                                  config.fisher_steps)
         quantizer = t.Quantizer(self.weights, known, config, torch.device("cpu"))
-        head = dict(kind="artifact", config=t.artifact_config(config), order=self.header["order"])
+        head = dict(self.header, kind="artifact", config=t.artifact_config(config))
         multiplier, packed = t.fit_artifact(quantizer, head, config, limit_bytes,
                                             lambda *told: None)
         header, tensors = t.open_container(packed, "artifact", "bench")
