@@ -28,6 +28,15 @@ import encoding  # noqa: E402
 import tokenize_corpus  # noqa: E402
 
 VAL_DOCS = 50
+# The system's ru_maxrss of a child begins at its parent's size; this is the process's own (Linux)
+PEAK_MEMORY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import tokenize_corpus
+status = tokenize_corpus.main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")), file=sys.stderr)
+sys.exit(status)
+"""
 
 
 def seconds_of(action) -> tuple[float, float]:
@@ -92,13 +101,12 @@ def measure_memory(packed, args, folder, options):
             texts.append(next(stream).text)
             size_bytes += len(texts[-1])
         path = write_jsonl(folder / "memory.jsonl", texts)
-        command = [sys.executable, str(REPO / "data/tokenize_corpus.py"),
+        command = [sys.executable, "-c", PEAK_MEMORY, str(REPO / "data"),
                    *arguments([path], args, folder, options)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              check=True)
         print(f"  {size_bytes / 1e6:6.1f} MB of text: peak memory "
-              f"{usage.ru_maxrss / 1024:.0f} MiB")
+              f"{int(done.stderr.split()[-2]) / 1024:.0f} MiB")
 
 
 def compare_tokenizers(files, tokenizers):
@@ -142,7 +150,8 @@ def main():
     if args.compare:
         return compare_tokenizers(args.files, args.compare)
     with tempfile.TemporaryDirectory() as folder:
-        measure_speed(args.files[:1], args, Path(folder), options)
+        if args.repeats:
+            measure_speed(args.files[:1], args, Path(folder), options)
         measure_memory(args.files, args, Path(folder), options)
 
 
