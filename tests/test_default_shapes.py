@@ -88,7 +88,8 @@ def trained(folder):
     loader.close()
     header = dict(config=train_gpt.artifact_config(config), order=list(layout.order), steps=1,
                   tokenizer_sha256=train_gpt.file_sha256(config.tokenizer_file),
-                  train_sha256=shards.fingerprint())
+                  train_sha256=train_gpt.fingerprint(
+                      train_gpt.find_shards(config.shard_dir, "train")))
     weights = {name: p.detach().float() for name, p in state.model.named_parameters()}
     train_gpt.write_tensors(session.files.weights, dict(header, kind="weights"), weights)
     stats = dict(header, kind="stats", readers=calibration.readers)
@@ -127,7 +128,7 @@ def test_the_stepped_model_survives_its_round_trip(trained, folder, text):
     """Quantised at a given k, packed, read back and scored: every weight keeps its meaning."""
     session, model, layout, _ = trained
     facts = quantize(folder, "given", "step", SDCLIP_K=6, SDCLIP_K_EMBED=10)
-    reloaded_session, reloaded, read_layout = reload(folder, "given")
+    reloaded_session, reloaded, read_layout, _ = reload(folder, "given")
     assert read_layout == layout
     assert facts["total_bytes"] == facts["artifact_bytes"] + facts["code_bytes"]
     before = loss_of(model, layout, text, session.runtime)
@@ -164,5 +165,5 @@ def test_a_trained_models_total_lands_under_the_cap_by_itself(trained, folder, t
     assert 15_900_000 <= facts["total_bytes"] <= 16_000_000
     low, high = train_gpt.MULTIPLIER_RANGE
     assert low < facts["multiplier"] < high
-    reloaded_session, reloaded, read_layout = reload(folder, "searched")
+    reloaded_session, reloaded, read_layout, _ = reload(folder, "searched")
     assert math.isfinite(loss_of(reloaded, read_layout, text, reloaded_session.runtime))
