@@ -207,6 +207,9 @@ class Config:
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
     eval_stride: int = knob(64, "tokens scored per sliding window", 1)
+    eval_mode: str = knob("exact", "stream: also long stretches, windowed attention",
+                          choices=("exact", "stream"))
+    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024)
     score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
     val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
 
@@ -222,6 +225,16 @@ class Config:
     fisher_steps = property(lambda c: c.step_rule == "fisher" or (
         c.step_rule == "auto" and c.gptq_enabled and c.search_k))
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
+    # window plans: (tokens of a window, distance of their starts, windows a forward)
+    whole_windows = property(lambda c: (c.eval_seq_len, c.eval_seq_len, c.eval_batch_windows))
+    sliding_windows = property(lambda c: (c.eval_seq_len, c.eval_stride, c.eval_batch_windows))
+
+    @property
+    def stream_plan(self) -> tuple[int, int, int]:
+        """Stretches of STREAM_WINDOWS windows; but the first, each reads one before it scores."""
+        length = self.eval_seq_len * self.stream_windows
+        return (length, length - self.eval_seq_len,
+                max(1, self.eval_batch_windows // self.stream_windows))
 
     @property
     def shard_dir(self) -> Path:
@@ -546,6 +559,7 @@ def notices(config: Config, env) -> list[str]:
             "SCALE_FLOOR SCALE_FLOOR_EMBED": not config.fisher_steps,
             "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
             "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
+            "STREAM_WINDOWS": config.eval_mode == "stream",
             "VE_DIM VE_LAYERS": config.ve_enabled}
     lines += [f"{name}: without effect in this configuration" for names, acts in idle.items()
               for name in names.split() if name in env and not acts]
@@ -973,6 +987,7 @@ EVENTS = {
             "multiplier {multiplier:.6f} ({rule} steps, on average of k {k:.3f}, {k_embed:.3f})",
     "roundtrip": "final_int6_roundtrip " + SCORE_FORM,
     "sliding": "final_int6_sliding_window " + SCORE_FORM,
+    "stream": "final_int6_stream " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
     "verdict": "verdict: {rule} {outcome} ({value:.10g} of {limit:.10g} {unit})",
     "interrupted": "stopped by {signal}: what was finished is in {folder}; go on with RESUME=1 "
@@ -1539,10 +1554,33 @@ def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
 
 
-def fa3_attention(flash):
+def windowed_attention(window: int):
+    """Return causal grouped attention in which a position sees itself and `window` - 1 before it.
+
+    Positions are cut into blocks of `window`: each attends to its own block and the one before.
+    """
+    def attention_windowed(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        batch, length, *_ = q_BTHK.shape
+        blocks = -(-length // window)
+        fill = 0, 0, 0, 0, 0, blocks * window - length
+        q, k, v = (F.pad(x, fill).unflatten(1, (blocks, window)) for x in (q_BTHK, k_BTGK, v_BTGK))
+        k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), x), dim=2) for x in (k, v))
+        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+        i = torch.arange(window, device=q.device)[:, None]
+        j = torch.arange(2 * window, device=q.device)
+        near = (j > i) & (j <= i + window)  # key j stands at position j - window of the block
+        first = torch.arange(batch * blocks, device=q.device) % blocks == 0
+        sees = near & ((j >= window) | ~first[:, None, None])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None],
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+    return attention_windowed
+
+
+def fa3_attention(flash, **options):
     """Return causal grouped attention (B, T, H, K) through FlashAttention-3's function `flash`."""
     def attention_fa3(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        out = flash(q_BTHK, k_BTGK, v_BTGK, causal=True)
+        out = flash(q_BTHK, k_BTGK, v_BTGK, causal=True, **options)
         return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
     return attention_fa3
 
@@ -3590,6 +3628,13 @@ def predict(config: Config, runtime: Runtime) -> dict:
 TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
 
 
+@torch.no_grad()
+def load_weights(model: GPT, weights: dict[str, Tensor]):
+    """Fill a model's parameters by name."""
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+
+
 @dataclass(frozen=True)
 class Session:
     """What every stage needs."""
@@ -3600,10 +3645,22 @@ class Session:
     clock: Clock
     files: RunFiles
     attend: object = attention_sdpa
+    backend: str = "sdpa"
 
     def build_model(self) -> GPT:
         with torch.device(self.runtime.device):
             return GPT(self.config, self.attend, self.runtime.compute_dtype)
+
+    def build_stream_model(self, weights: GPT) -> GPT:
+        """Return a model of the same weights that reads any length, EVAL_SEQ_LEN tokens back."""
+        window = self.config.eval_seq_len
+        flash = find_fa3() if self.backend == "fa3" else None
+        attend = (fa3_attention(flash, window_size=(window - 1, 0)) if flash
+                  else windowed_attention(window))
+        model = dataclasses.replace(self, attend=attend).build_model()
+        model.rotary["train_len"] = window * self.config.stream_windows  # distances stay short
+        load_weights(model, dict(weights.named_parameters()))
+        return model
 
 
 def log_head(session: Session, env, report: dict):
@@ -3638,11 +3695,10 @@ def describe_data(session: Session, text: Validation):
               table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
 
 
-def timed_score(session: Session, kind: str, losses_of, text: Validation, stride: int,
+def timed_score(session: Session, kind: str, losses_of, text: Validation, windows,
                 journal=None) -> Score:
-    """Score a text and log it as event `kind` with its time."""
-    config, log, since = session.config, session.log, time.perf_counter()
-    windows = (config.eval_seq_len, stride, config.eval_batch_windows)
+    """Score a text and log it as event `kind` with its time. windows: as `score` takes them."""
+    log, since = session.log, time.perf_counter()
     found = score(losses_of, text, windows, session.runtime,
                   lambda done, total, began: log.progress(kind, done, total, began), journal)
     log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
@@ -3727,10 +3783,9 @@ def train_stage(session: Session) -> dict:
     state.average = Average(state.optimizers.bank, config.ema_decay)
     trained = config.resume and resume_training(session, trainer, facts)
     if not trained:
-        windows = (config.eval_seq_len, config.eval_seq_len, config.eval_batch_windows)
         runtime.signals.deferred = True
-        trainer.train(loader, budget, lambda layout: score(trainer.losses_of(layout), text, windows,
-                                                           runtime), files.checkpoint)
+        trainer.train(loader, budget, lambda layout: score(
+            trainer.losses_of(layout), text, config.whole_windows, runtime), files.checkpoint)
         log.event("ema")
         state.average.apply()
     header = dict(config=artifact_config(config), order=list(state.layout.order), steps=state.step,
@@ -3745,11 +3800,12 @@ def train_stage(session: Session) -> dict:
     if not trained:  # else the seconds before the interruption are not known
         facts.update(training_seconds=round(clock.training_seconds(), 3))
     with clock.span("validation"):
-        kinds = {"prequant": config.eval_seq_len}
-        kinds.update({"prequant_sliding": config.eval_stride} if config.prequant_sliding else {})
-        for kind, stride in kinds.items():
+        kinds = {"prequant": config.whole_windows}
+        if config.prequant_sliding:
+            kinds["prequant_sliding"] = config.sliding_windows
+        for kind, windows in kinds.items():
             losses_of = trainer.losses_of(state.layout)
-            facts[f"{kind}_bpb"] = timed_score(session, kind, losses_of, text, stride).bpb
+            facts[f"{kind}_bpb"] = timed_score(session, kind, losses_of, text, windows).bpb
     return facts
 
 
@@ -3792,13 +3848,6 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
     facts.update(resumed=True)
     session.log.event("resumed", text=f"step {step} from {path}", step=step, path=str(path))
     return trained
-
-
-@torch.no_grad()
-def load_weights(model: GPT, weights: dict[str, Tensor]):
-    """Fill a model's parameters by name."""
-    for name, p in model.named_parameters():
-        p.copy_(weights[name])
 
 
 def start_training(session: Session) -> Trainer:
@@ -3938,15 +3987,19 @@ def evaluate_stage(session: Session) -> dict:
         if config.stage == "evaluate":
             describe_data(session, text)
     losses = runtime.compile(model.token_losses)
-    kinds = {"roundtrip": config.eval_seq_len}
-    kinds.update({"sliding": config.eval_stride} if config.sliding_window_enabled else {})
+    kinds = {"roundtrip": (losses, config.whole_windows)}
+    if config.sliding_window_enabled:
+        kinds["sliding"] = losses, config.sliding_windows
+    if config.eval_mode == "stream":  # another estimator: more context, no restart at each window
+        stream_model = session.build_stream_model(model)
+        kinds["stream"] = runtime.compile(stream_model.token_losses), config.stream_plan
     path = session.files.folder / f"evaluation.{runtime.rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with clock.span("evaluate"):
-        for kind, stride in kinds.items():
-            task = f"{kind} {digest} {text.sha256} {config.eval_seq_len} {stride}"
-            found = timed_score(session, kind, lambda x, y: losses(x, y, layout), text, stride,
-                                Journal(path, task))
+        for kind, (losses, windows) in kinds.items():
+            task = f"{kind} {digest} {text.sha256} {windows}"
+            found = timed_score(session, kind, lambda x, y, losses=losses: losses(x, y, layout),
+                                text, windows, Journal(path, task))
             scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
                                 bytes=found.bytes)
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
@@ -3992,7 +4045,7 @@ def run(env, check: bool):
             write_file(files.identity, json.dumps(identity(config), indent=1).encode())
         log = Log(runtime.is_main, files.text_log, files.events)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
-        session = Session(config, runtime, log, clock, files, attend)
+        session = Session(config, runtime, log, clock, files, attend, name)
         log_head(session, env, report)
         log.event("attention", backend=name, max_error=error)
         facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed,

@@ -76,8 +76,9 @@ class Bench:
 
     def config_of(self, changes: dict) -> t.Config:
         stored = t.stored_settings(self.header, Path("weights"))
+        # how the run itself was quantised does not matter here, only what its statistics are of
         env = {name.upper(): t.show_value(value) for name, value in stored.items()
-               if not (name in ("sdclip_k", "sdclip_k_embed") and value is None)}
+               if t.KNOBS[name].metadata["topic"] != "quantization" or name == "fp16_max_numel"}
         return t.load_config({**env, **self.env, **changes})
 
     def log_odds(self, weights) -> list[torch.Tensor]:

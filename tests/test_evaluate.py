@@ -12,6 +12,7 @@ from toys import (
     Rank,
     on_ranks,
     random_model,
+    random_tokens,
     sizes_of,
     steady,  # noqa: F401
     toy_config,
@@ -26,6 +27,7 @@ from train_gpt import (
     plan_windows,
     score,
     window_batches,
+    windowed_attention,
 )
 
 
@@ -262,3 +264,58 @@ def test_the_legacy_count_drops_exactly_the_tail(tiny_env, seq_len):
     assert len(legacy.target_bytes) == legacy.legacy_targets == whole.legacy_targets == kept
     assert np.array_equal(legacy.tokens, whole.tokens[:kept + 1])
     assert np.array_equal(legacy.target_bytes, whole.target_bytes[:kept])
+
+
+# ---- streaming: long stretches with windowed attention ---------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 12), st.sampled_from((1, 2, 4)))
+def test_windowed_attention_equals_plain_attention_under_its_mask(batch, length, window, groups):
+    generator = torch.Generator().manual_seed(length)
+    q = torch.randn(batch, length, 4, 6, generator=generator)
+    k, v = (torch.randn(batch, length, groups, 6, generator=generator) for _ in range(2))
+    found = windowed_attention(window)(q, k, v)
+    spread = [x.repeat_interleave(4 // groups, dim=2) for x in (k, v)]
+    scores = torch.einsum("bihk,bjhk->bhij", q, spread[0]) / 6 ** 0.5
+    i, j = torch.arange(length)[:, None], torch.arange(length)
+    scores = scores.masked_fill(~((j <= i) & (j > i - window)), -math.inf)
+    expected = torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), spread[1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def stream_model(config, windows=4):
+    model = random_model(config, attend=windowed_attention(config.eval_seq_len))
+    model.rotary["train_len"] = windows * config.eval_seq_len
+    return model
+
+
+def test_streaming_is_causal_and_sees_the_window_alone():
+    """In each layer: what one layer forgets, the next may still know of."""
+    config = toy_config(num_layers=2, recur_layers=(), ve_layers=(1,), parallel_start_layer=0)
+    model, tokens = stream_model(config), random_tokens(config, 1, 32)
+    layout = layouts_of(config)[0]
+    logits = model.logits(tokens, layout)
+    for changed in (0, 9, 20):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % config.vocab_size
+        differs = (model.logits(other, layout) != logits).any(-1)[0].nonzero().flatten()
+        assert differs.min() == changed
+        assert differs.max() <= changed + config.num_layers * (config.eval_seq_len - 1)
+
+
+def test_streaming_within_one_window_is_the_exact_score():
+    config = toy_config()
+    layout, text = layouts_of(config)[1], text_of(8)
+    exact, stream = random_model(config), stream_model(config)
+    found = [score(lambda x, y, m=m: m.token_losses(x, y, layout), text, plan, Rank()).nats
+             for m, plan in ((exact, (8, 8, 1)), (stream, (32, 24, 1)))]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_stretches_overlap_by_a_window_and_score_each_target_once():
+    config = toy_config(eval_mode="stream", stream_windows=3)
+    length, distance, batch = config.stream_plan
+    assert (length, distance) == (24, 16) and batch >= 1
+    starts, first_scored = plan_windows(100, length, distance)
+    assert (first_scored[1:] == config.eval_seq_len).all() and (np.diff(starts) == 16).all()

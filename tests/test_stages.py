@@ -867,6 +867,20 @@ def pr1471_run(tiny_env, tmp_path_factory):
     return TinyRun(cwd, "a", outcome)
 
 
+def test_streaming_is_scored_beside_the_exact_numbers(tiny_run, tiny_data, tmp_path):
+    done = run_here({"STAGE": "evaluate", "INPUT_PATH": tiny_run.folder, "EVAL_MODE": "stream",
+                     "STREAM_WINDOWS": "3", "RUN_ID": "stream", "DEVICE": "cpu",
+                     **tiny_data.env()}, tmp_path)
+    for kind in ("roundtrip", "sliding"):
+        assert done.result[f"{kind}_bpb"] == tiny_run.outcome.result[f"{kind}_bpb"]
+    scores = json.loads((tmp_path / "runs" / "stream" / "scores.json").read_text())
+    assert scores["stream"]["tokens"] == scores["sliding"]["tokens"]
+    assert scores["stream"]["bytes"] == scores["sliding"]["bytes"]
+    # its context is between a window's half and more than a window: near the exact numbers
+    assert abs(scores["stream"]["val_bpb"] - scores["sliding"]["val_bpb"]) < 0.05
+    assert "final_int6_stream val_loss:" in done.stdout
+
+
 def coded_tensors(run: TinyRun):
     """Return an artifact's small tensors by name, and name -> (codes, steps) of the others."""
     header, tensors = train_gpt.read_tensors(run.folder / "final_model.int6.ptz", "artifact")
