@@ -310,9 +310,14 @@ def check_sidecar(files: Files, validation: Validation, processor,
                                         "tokens; fetch or build it again")
         return
     silent = shards.byte_table(processor, processor.get_piece_size()).is_boundary
+    tokens, literal = validation.tokens, np.zeros(len(validation.tokens), bool)
     if is_caseops(processor):
-        silent[[processor.piece_to_id(mark) for mark in caseops.OPERATORS]] = True
-    loud = np.flatnonzero(silent[validation.tokens] & (sidecar > 0))
+        marks = [processor.piece_to_id(mark) for mark in caseops.OPERATORS]
+        silent[marks] = True
+        # an operator that the text itself holds follows ESC and counts its own bytes
+        literal[1:] = np.isin(tokens[1:], marks) & (tokens[:-1] == processor.piece_to_id(
+            caseops.ESC))
+    loud = np.flatnonzero(silent[tokens] & ~literal & (sidecar > 0))
     if len(loud):
         yield Finding(FAULT, "sidecar", f"{len(loud)} control or operator tokens have bytes, the "
                                         f"first at {loud[0]}; build it again")

@@ -351,3 +351,20 @@ def test_the_law_of_bytes_holds_for_published_tokenizers(name, tmp_path, capsys)
     assert "the sidecar counts +0 of 1,489,515 raw bytes; 0 of 200 documents differ" in told
     if not verify.is_caseops(processor):
         assert "33 in length; the table counts -97 of 1,489,515 raw bytes (0.0065 %)" in told
+
+
+def test_operators_that_the_text_itself_holds_count_their_bytes(tmp_path, capsys):
+    """They follow ESC: not control tokens, and the raw sum needs them."""
+    import tokenize_corpus
+    from pydoc_data.topics import topics
+    texts = [" ".join(text.split())[:3000] for text in topics.values()]
+    texts[0] += " a literal \ue001 here and \ue004\ue002 THERE"
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    arguments = [str(tmp_path / "docs.jsonl"), "--caseops", "--train-tokenizer", "--vocab-size",
+                 "700", "--val-docs", "10", "--out", str(tmp_path), "--name", "literal"]
+    assert tokenize_corpus.main(arguments) == 0
+    capsys.readouterr()
+    folder, model = tmp_path / "datasets" / "literal", tmp_path / "tokenizers" / "literal.model"
+    assert verify.main([str(folder), "--tokenizer", str(model)]) == 0
+    assert "FAULT" not in capsys.readouterr().out
