@@ -42,6 +42,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,7 +270,7 @@ class Config:
 
 KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 
-PRESETS = {
+PRESETS: dict[str, dict] = {
     # PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
     # sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
     "pr1471": dict(
@@ -387,7 +388,7 @@ def combination_faults(c: Config) -> list[str]:
             for holds, name, rule in rules if not holds]
 
 
-def parse_setting(text: str, kind: str):
+def parse_setting(text: str, kind):
     """Return `text` as a knob's annotated type; raises ValueError saying what was expected."""
     text, (kind, *optional) = text.strip(), kind.split(" | ")
     if optional and text.lower() in ("", "auto"):
@@ -589,7 +590,8 @@ def help_text() -> str:
             if f.metadata["topic"] == topic:
                 choices = " | ".join(f.metadata["choices"])
                 extra = f" [{choices}]" if choices else ""
-                kind = re.sub(r"tuple\[(\w+), ...\]", r"\1 list", f.type).replace("None", "auto")
+                kind = re.sub(r"tuple\[(\w+), ...\]", r"\1 list", str(f.type)).replace(
+                    "None", "auto")
                 lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
                              f"      {kind}: {f.metadata['note']}{extra}")
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
@@ -1014,7 +1016,7 @@ class Log:
                  events_path: Path | None = None):
         self.is_main, self.shown_at = is_main, 0.0
         self.text_file = self.events_file = None
-        if is_main and text_path:
+        if is_main and text_path and events_path:
             for path in (text_path, events_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             # line-buffered: what was logged is on disk when a run is killed
@@ -1028,7 +1030,7 @@ class Log:
         line = EVENTS[kind].format(**fields)
         public = {name: v for name, v in fields.items() if not name.startswith("text_")}
         try:
-            if self.text_file:
+            if self.text_file and self.events_file:
                 self.events_file.write(json.dumps(strict({"event": kind, **public})) + "\n")
                 self.text_file.write(line + "\n")
         except OSError as error:  # a full disk: the run is worth more than its log
@@ -1070,7 +1072,8 @@ class Log:
 # The container of weights, statistics and artifacts: magic, u32 length, zlib JSON header, one span
 # of bytes per tensor in the header's order, sha256 over all before it. No pickle.
 MAGIC = b"PGOLF\x00\x01\n"
-MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 4 << 20, 4 << 30
+# a header of a thousand layers has 400 kB of text; JSON takes 25 times its own length as objects
+MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 1 << 20, 4 << 30
 DTYPES = {name: getattr(torch, name)
           for name in ("float32", "float16", "int8", "int16", "float64")}
 CODECS = ("raw", "brotli", "lzma")
@@ -1149,8 +1152,8 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
         codec, table, tensors = header["codec"], header["tensors"], {}
         require(codec in CODECS, f"unknown codec {codec!r}")
         for name, dtype, shape, span in table:
-            kind = DTYPES.get(dtype)
-            require(kind and isinstance(name, str) and name not in tensors and len(shape) <= 4
+            kind = DTYPES[dtype]
+            require(isinstance(name, str) and name not in tensors and len(shape) <= 4
                     and all(type(n) is int and 0 <= n <= left for n in (*shape, span))
                     and span <= end - at, "impossible entry in the table of tensors")
             raw_bytes = math.prod(shape) * kind.itemsize
@@ -1223,10 +1226,11 @@ def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 # Kind of file -> what its header holds besides.
-MADE_BY = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
-HEADERS = dict(weights=dict(MADE_BY, steps=int), stats=dict(MADE_BY, readers=dict),
-               artifact=dict(MADE_BY, multiplier=float),
-               checkpoint=dict(order=list, step=int, training_seconds=float))
+MADE_BY: dict[str, type] = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
+HEADERS: dict[str, dict[str, type]] = dict(
+    weights=dict(MADE_BY, steps=int), stats=dict(MADE_BY, readers=dict),
+    artifact=dict(MADE_BY, multiplier=float),
+    checkpoint=dict(order=list, step=int, training_seconds=float))
 
 
 def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tensor]]:
@@ -1627,8 +1631,8 @@ def attention_error(function, context, head_shape: tuple[int, int, int], device,
         inputs = [x.to(device, dtype).requires_grad_() for x in base]
         with scope:
             out = attend(*inputs)
-            out.float().square().sum().backward()
-        results.append([out.detach().float(), *(x.grad.float() for x in inputs)])
+            grads = torch.autograd.grad(out.float().square().sum(), inputs)
+        results.append([out.detach().float(), *(grad.float() for grad in grads)])
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
     return torch.stack(errors).max().item()  # a NaN stays one, and is above any tolerance
 
@@ -1735,7 +1739,7 @@ def layouts_of(config: Config) -> tuple[Layout, Layout]:
 
 def parameter(*shape: int, role: Role, dtype=torch.float32) -> nn.Parameter:
     """Return an uninitialised parameter that carries its role."""
-    made = nn.Parameter(torch.empty(shape, dtype=dtype))
+    made: Any = nn.Parameter(torch.empty(shape, dtype=dtype))
     made.role = role
     return made
 
@@ -1879,8 +1883,9 @@ class GPT(nn.Module):
     def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.init_config = dtype, config.logit_softcap, config
-        self.rotary = dict(dims=config.rope_dims or config.head_dim, base=config.rope_base,
-                           train_len=config.train_seq_len)
+        self.rotary: dict[str, Any] = dict(
+            dims=config.rope_dims or config.head_dim, base=config.rope_base,
+            train_len=config.train_seq_len)
         self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype)
         ve_layers = config.ve_layers if config.ve_enabled else ()
         self.ve = ValueEmbedding(config, dtype) if ve_layers else None
@@ -1889,7 +1894,7 @@ class GPT(nn.Module):
         size = skip_rows(config.num_layers), config.model_dim
         self.skip_weights = parameter(*size, role=Role.CONTROL)
         self.skip_gates = parameter(*size, role=Role.CONTROL) if config.skip_gates_enabled else None
-        self.lane_merge = parameter(role=Role.CONTROL) if config.lanes_split else None
+        self.lane_merge: Any = parameter(role=Role.CONTROL) if config.lanes_split else None
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -1926,7 +1931,7 @@ class GPT(nn.Module):
                 x = self.blend_skip(row, x, outputs.pop(source))
             if step == layout.lanes_from:
                 mlp_lane = x[:, last]
-            block = self.blocks[layer]
+            block: Any = self.blocks[layer]
             x = block.attention_half(x, x0, rotary, self.layer_value(layer, value))
             if mlp_lane is None:
                 x = outputs[step] = block.mlp_half(x)
@@ -1940,7 +1945,7 @@ class GPT(nn.Module):
 
     def layer_value(self, layer: int, value: Tensor | None) -> Tensor | None:
         """Return what layer `layer` adds to its values, if anything."""
-        if layer not in self.ve_index:
+        if value is None or self.ve is None or layer not in self.ve_index:
             return None
         return value * self.ve.layer_scales.to(value.dtype)[self.ve_index[layer]]
 
@@ -2003,12 +2008,12 @@ def schedule(config: Config, step: int, progress: float) -> Rates:
     multiplier = 1.0
     if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
         multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
-    done, whole = step, config.muon_momentum_warmup_steps
+    done, whole = float(step), float(config.muon_momentum_warmup_steps)
     if config.muon_momentum_warmup_frac is not None:
         done, whole = progress, config.muon_momentum_warmup_frac
     warmed = min(done / whole, 1.0) if whole else 1.0
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
-    done, start = step, config.recur_start_step
+    done, start = float(step), float(config.recur_start_step)
     if config.recur_start_frac is not None:
         done, start = progress, config.recur_start_frac
     return Rates(multiplier, momentum, recurrent=done >= start)
@@ -2053,7 +2058,8 @@ class Bank:
             p.data, p.grad = view, self.view(self.grads, p)
         self.matrices = [self.stack(same, -(-len(same) // shares) * shares)
                          for same in self.shapes.values()]
-        self.adam = {role: self.flat(groups[role]) for role in (Role.EMBED, Role.CONTROL)}
+        self.adam: dict[Role, Any] = {role: self.flat(groups[role])
+                                      for role in (Role.EMBED, Role.CONTROL)}
 
     def room(self, p: nn.Parameter) -> int:
         """Return the elements set aside for `p`: its own, rounded up to the alignment."""
@@ -2389,7 +2395,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
     estimate, then corrects it by the ratio the real coder showed, until at most 0.1 % is unused.
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
-    estimates, best, seen, target = {}, None, [(0, 0)], limit_bytes
+    estimates, best, seen, target = {}, None, [(0, 0)], float(limit_bytes)
     for _ in range(8):
         multiplier = solve_estimate(estimate_at, target, estimates)
         packed = pack_at(multiplier)
@@ -2443,7 +2449,8 @@ def size_classes(codes_RC: Tensor) -> tuple[Tensor, Tensor]:
     squares = codes_RC.double().square()
     rows = squares.mean(1).clamp_min(2.0 ** -6)
     columns = (squares / rows[:, None]).mean(0).clamp_min(2.0 ** -6)
-    return tuple((0.5 * PER_OCTAVE * x.log2()).round().to(torch.int8) for x in (rows, columns))
+    classes = [(0.5 * PER_OCTAVE * x.log2()).round().to(torch.int8) for x in (rows, columns)]
+    return classes[0], classes[1]
 
 
 def element_classes(rows: Tensor, columns: Tensor) -> Tensor:
@@ -2519,11 +2526,11 @@ def rans_decode(stream: np.ndarray, states: np.ndarray, classes: np.ndarray, tab
         lookup[k] = np.repeat(np.arange(256), tables[k])
     symbols, rows = np.empty(len(classes), np.uint8), classes.astype(np.int64)
     tables, starts = tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
-    lookup = lookup.ravel()
+    flat = lookup.ravel()
     for part in slices:
         x, row = state[:part.stop - part.start], rows[part]
         slot = x & np.uint64(whole - 1)
-        symbols[part] = symbol = lookup[row * whole + slot.astype(np.int64)]
+        symbols[part] = symbol = flat[row * whole + slot.astype(np.int64)]
         cell = row * 256 + symbol
         x = tables[cell] * (x >> np.uint64(RANS_BITS)) + slot - starts[cell]
         low = np.flatnonzero(x < RANS_LEAST)
@@ -2577,8 +2584,9 @@ INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
 def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
     """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
     kinds = {Role.EMBED: "int8", Role.MATRIX: "int6", Role.CONTROL: config.control_dtype}
+    named: dict[str, Any] = dict(model.named_parameters())
     return {name: "float16" if p.role is Role.MATRIX and p.numel() <= config.fp16_max_numel
-            else kinds[p.role] for name, p in model.named_parameters()}
+            else kinds[p.role] for name, p in named.items()}
 
 
 def quant_specs(config: Config) -> dict[str, QuantSpec]:
@@ -2670,6 +2678,7 @@ class Quantizer:
         plans, offsets, weights = [], 0.0, 0
         for group in groups:
             stacked = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
+            assert group.factors is not None
             rows, columns = sensitive_steps(stacked, group.factors, (
                 powers[group.kind], self.config.column_power))
             spec = self.specs[group.kind]
@@ -2696,6 +2705,7 @@ class Quantizer:
                 used = steps if group.kind == "int8" else stored_steps(steps)
                 codes = round_to_nearest(w, radius, used, spec.max_code)
             return codes, steps.half(), None
+        assert factors is not None and group.columns_NC is not None
         columns = steps_from_codes(group.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
@@ -2735,9 +2745,9 @@ class Quantizer:
         codes, classes, (row_classes, column_classes) = self.classes_at(multiplier)
         tensors = {name: self.weights[name].to(DTYPES[kind])
                    for name, kind in self.storage.items() if kind not in self.specs}
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
-            raise ValueError(f"weights are not finite or too large for CONTROL_DTYPE="
-                             f"{self.config.control_dtype}: training diverged, or set float32")
+        if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
+            raise ValueError(f"{', '.join(bad[:3])}: not finite or too large for float16: training "
+                             "diverged, or set CONTROL_DTYPE=float32 FP16_MAX_NUMEL=0")
         tensors["steps"] = torch.cat([found[name][1] for name in self.order])
         if self.config.fisher_steps:
             tensors["column_steps"] = torch.cat([found[name][2] for name in self.order])
@@ -2786,7 +2796,7 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     order = [name for name, kind in storage.items() if kind in ("int6", "int8")]
     rows, columns = ([shapes[name][axis] for name in order] for axis in (0, 1))
     fisher = config.fisher_steps
-    form = {name: (shapes[name], DTYPES[kind]) for name, kind in storage.items()
+    form: dict[str, tuple] = {name: (shapes[name], DTYPES[kind]) for name, kind in storage.items()
             if name not in order}
     form |= dict(steps=((sum(rows),), torch.int8 if fisher else torch.float16),
                  row_classes=((sum(rows),), torch.int8),
@@ -2970,7 +2980,7 @@ class TrainState:
 
     model: GPT
     optimizers: Optimizers
-    average: Average | None
+    average: Any  # an Average, once warm-up is over
     layout: Layout
     step: int = 0
 
@@ -3483,8 +3493,10 @@ class RunFiles:
     def stage_input(self, config: Config) -> tuple[Path, str] | None:
         """Return (file, kind) of what a lone later stage starts from."""
         inputs = {"quantize": (self.weights, "weights"), "evaluate": (self.artifact, "artifact")}
-        product, kind = inputs.get(config.stage, (None, None))
-        return product and (self.source(config, product), kind)
+        if config.stage not in inputs:
+            return None
+        product, kind = inputs[config.stage]
+        return self.source(config, product), kind
 
 
 def code_bytes() -> int:
@@ -3501,7 +3513,7 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
     if start and not start[0].is_file():
         faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
                       "to a run that has it")
-    elif config.stage == "quantize" and config.gptq_enabled:
+    elif start and config.stage == "quantize" and config.gptq_enabled:
         if not (stats := start[0].with_name(files.stats.name)).is_file():
             faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
                           "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
@@ -3536,12 +3548,16 @@ def identity(config: Config) -> dict[str, str]:
 def resume_faults(config: Config, files: RunFiles) -> list[str]:
     """Return what differs between this run and the one it would go on with."""
     try:
-        before, now = json.loads(files.identity.read_bytes()), identity(config)
+        now = identity(config)
+    except (ValueError, OSError):
+        return []  # a damaged shard, which `data_faults` names
+    try:
+        before = json.loads(files.identity.read_bytes())
         free = {name.upper() for name, f in KNOBS.items() if f.metadata["topic"] in ("run", "data")}
         return [f"RESUME=1: {name} is {now[name]}, {files.folder} began with {before.get(name)}; "
                 "go on with what it began with, or choose another RUN_ID"
                 for name in now if name not in free and now[name] != before.get(name)]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         return [f"RESUME=1: {files.identity} is damaged ({error}); choose another RUN_ID"]
 
 
@@ -3606,7 +3622,8 @@ def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
 
 def predict(config: Config, runtime: Runtime) -> dict:
     """Return what can be told before a run, without data; `text_report` says it in a line."""
-    report = dict(parameters=sum(p.numel() for p in meta_model(config).parameters()))
+    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    report: dict[str, Any] = dict(parameters=parameters)
     parts = [f"{report['parameters']} parameters"]
     if config.runs("train"):
         steps, seconds = predict_steps(config, runtime)
@@ -3730,7 +3747,7 @@ def describe_artifact(session: Session, config: Config, quantizer: Quantizer, mu
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
     rule = "fisher" if config.fisher_steps else "sdclip"
-    bits = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
+    bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
                 embed_bits=quantizer.bits(multiplier, "int8"))
     log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
               k_embed=multiplier * quantizer.specs["int8"].k, rule=rule, **bits)
@@ -3743,7 +3760,8 @@ def describe_artifact(session: Session, config: Config, quantizer: Quantizer, mu
 
 def close_run(session: Session, facts: dict):
     """Log memory, the ledger, a verdict per limit of the challenge, and the result line."""
-    config, log, spent = session.config, session.log, session.clock.ledger()
+    config, log = session.config, session.log
+    spent: dict[str, Any] = session.clock.ledger()
     allocated, reserved = session.runtime.peak_memory_mib()
     log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
     text = " ".join(f"{name}={seconds:.1f}s" for name, seconds in spent.items())
@@ -4016,8 +4034,9 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
     files = RunFiles(config.run_id or tag)
     first = files.stage_input(config)
-    if runtime.share(bool(first and first[0].is_file())):  # rank 0's disk holds the files
-        header = runtime.first(lambda: read_tensors(*first)[0])
+    found = runtime.share(bool(first and first[0].is_file()))  # rank 0's disk holds the files
+    if first and found:
+        header = runtime.first(lambda *file: read_tensors(*file)[0], *first)
         config = adopt(config, header, config.stage, first[0])
     config = dataclasses.replace(config, run_id=files.run_id)
     faults = preflight(config, runtime, files)

@@ -118,6 +118,8 @@ def be_child(request, module):
         file = os.open(request["out"] + end, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, number)
     rc = 70
+    # a shell's background job ignores Ctrl-C, and what it starts inherits that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         os.chdir(request["cwd"])
         os.environ.update(request["env"])

@@ -35,7 +35,8 @@ PUBLISHED = dict(
     GPTQ_CALIBRATION_BATCHES=(64, 8), GPTQ_RESERVE_SECONDS=(10.0, 5.0), SDCLIP_K=(12.85, 10.0),
     SDCLIP_K_EMBED=(20.0, 15.0))
 # Where the defaults repair PR #1471: the reserve is measured and the clip radii fill the budget.
-REPAIRED = {"COMPRESSOR": "rans", "GPTQ_RESERVE_SECONDS": 0.0, "SDCLIP_K": None, "SDCLIP_K_EMBED": None}
+REPAIRED = {"COMPRESSOR": "rans", "GPTQ_RESERVE_SECONDS": 0.0, "SDCLIP_K": None,
+            "SDCLIP_K_EMBED": None}
 READ_WITHOUT_EFFECT = dict(MUON_BETA2="0.95", ROPE_TRAIN_SEQ_LEN="2048", EMBED_LR="0.6",
                            HEAD_LR="0.008")
 # Modes PR #1471 and its sibling #1395 have switched off, at the values of their published runs.
@@ -218,7 +219,8 @@ def test_slips_is_a_distance_that_counts_a_swap_once(a, b):
     ("MATRIX_LR", "nan", "a finite number"), ("MATRIX_LR", "inf", "a finite number"),
     ("BETA2", "1.0", "0.9999999"), ("LN_SCALE", "yes", "0 or 1"),
     ("VE_LAYERS", "9;10", "whole numbers with commas"), ("VE_LAYERS", "9.5", "whole numbers"),
-    ("COMPRESSOR", "zip", "one of rans, brotli, lzma"), ("STAGE", "test", "one of all, train, quantize"),
+    ("COMPRESSOR", "zip", "one of rans, brotli, lzma"),
+    ("STAGE", "test", "one of all, train, quantize"),
     ("VOCAB_SIZE", "65537", "65536"), ("WARMDOWN_FRAC", "72.0", "1"),
     ("RECUR_START_FRAC", "half", "a finite number"), ("MODEL_DIM", "9" * 5000, "a whole number")])
 def test_bad_value_is_refused_naming_setting_value_and_rule(name, text, expected):

@@ -70,7 +70,7 @@ FORBIDDEN_IMPORTS = {
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
 MAX_PARAMETERS, MAX_NESTING = 6, 4
-MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2975
+MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2980
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
@@ -254,7 +254,8 @@ def test_optimizer_decides_by_role_never_by_name():
 def test_importing_only_defines():
     """Top level holds imports, definitions and tables; one guarded call of main at the end."""
     *body, last = TREE.body
-    kinds = (ast.Import, ast.ImportFrom, ast.Try, ast.Assign, *FUNCTIONS, ast.ClassDef)
+    kinds = (ast.Import, ast.ImportFrom, ast.Try, ast.Assign, ast.AnnAssign, *FUNCTIONS,
+             ast.ClassDef)
     odd = [n.lineno for n in body if not isinstance(n, kinds)
            and not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
     assert odd == []

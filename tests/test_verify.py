@@ -355,8 +355,9 @@ def test_the_law_of_bytes_holds_for_published_tokenizers(name, tmp_path, capsys)
 
 def test_operators_that_the_text_itself_holds_count_their_bytes(tmp_path, capsys):
     """They follow ESC: not control tokens, and the raw sum needs them."""
-    import tokenize_corpus
     from pydoc_data.topics import topics
+
+    import tokenize_corpus
     texts = [" ".join(text.split())[:3000] for text in topics.values()]
     texts[0] += " a literal \ue001 here and \ue004\ue002 THERE"
     (tmp_path / "docs.jsonl").write_text(
