@@ -86,10 +86,13 @@ def bare(source):
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", 0), str):
                 node.body = node.body[1:]
-            if not isinstance(node, ast.ClassDef):
-                node.body = [ast.Assign([s.target], s.value) if isinstance(s, ast.AnnAssign)
-                             and s.value else s for s in node.body]
             node.body = node.body or [ast.Expr(ast.Constant(0))]
+        for block in ("body", "orelse", "finalbody"):  # of a loop or a branch, too
+            statements = getattr(node, block, None)
+            if isinstance(statements, list) and not isinstance(node, ast.ClassDef):
+                setattr(node, block, [
+                    ast.Assign([s.target], s.value) if isinstance(s, ast.AnnAssign) and s.value
+                    else s for s in statements])
         if isinstance(node, ast.FunctionDef):
             node.returns = None
         if isinstance(node, ast.arg):
