@@ -614,8 +614,9 @@ class Runtime:
     """
 
     def __init__(self, env, config: Config):
-        self.rank, self.world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.is_main, self.local_rank = self.rank == 0, int(env.get("LOCAL_RANK", 0))
+        self.rank = torchrun_number(env, "RANK")
+        self.world_size = torchrun_number(env, "WORLD_SIZE", 1)
+        self.is_main, self.local_rank = self.rank == 0, torchrun_number(env, "LOCAL_RANK")
         self.signals = Signals()
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
@@ -743,9 +744,18 @@ class Runtime:
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
 
 
+def torchrun_number(env, name: str, default: int = 0) -> int:
+    """Return one of torchrun's variables; raises ConfigError when it is no whole number."""
+    try:
+        return int(env.get(name, default))
+    except ValueError:
+        raise ConfigError([f"{name}={env[name]}: must be a whole number; start several processes "
+                           "with torchrun, or unset it"]) from None
+
+
 def is_main_rank(env) -> bool:
     """Return whether this process is rank 0, also before (or without) a Runtime."""
-    return int(env.get("RANK", 0)) == 0
+    return env.get("RANK", "0") == "0"
 
 
 def contact_lost(error: Exception) -> bool:
@@ -4060,12 +4070,15 @@ def run(env, check: bool):
             print(f"check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
     with scope, runtime.signals:
-        if runtime.is_main and not files.identity.exists():
+        begins = not files.identity.exists()
+        if runtime.is_main and begins:
             write_file(files.identity, json.dumps(identity(config), indent=1).encode())
         log = Log(runtime.is_main, files.text_log, files.events)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
         session = Session(config, runtime, log, clock, files, attend, name)
         log_head(session, env, report)
+        if config.resume and begins:
+            log.event("notice", text=f"RESUME=1: {files.folder} holds no run; this one is new")
         log.event("attention", backend=name, max_error=error)
         facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed,
                      code_sha256=file_sha256(Path(__file__)))
