@@ -3027,7 +3027,7 @@ class Trainer:
         self.step_seconds = {}  # layout -> seconds of a step, from warm-up
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
-        self.saved_seconds = 0.0
+        self.saved_seconds, self.last_checkpoint = 0.0, "none"
 
     def losses_of(self, layout: Layout):
         """Return the evaluation function of `score` under one layout."""
@@ -3156,6 +3156,7 @@ class Trainer:
                 self.runtime.first(write_tensors, path, header, tensors)
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
                 return self.log.event("notice", text=f"no checkpoint at step {state.step}: {error}")
+        self.last_checkpoint = f"{path} of step {state.step}"
         self.log.event("checkpoint", step=state.step, path=str(path))
 
     def check_gradients(self):
@@ -3169,7 +3170,8 @@ class Trainer:
                  if not tensor_of(p).isfinite().all()]
         return ConfigError([f"{what} not finite at step {step} (tensors: "
                             f"{', '.join(names[:3]) or 'none yet'}{'…' * (len(names) > 3)}): "
-                            "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR"],
+                            "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. "
+                            f"Last good checkpoint: {self.last_checkpoint}"],
                            shared=True)
 
     def report(self, loss: Tensor, rates: Rates):
@@ -3873,6 +3875,7 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
         raise ContainerError(f"{path}: does not fit this model ({error})") from None
     if not trained:
         session.clock.seconds["train"] = header["training_seconds"]
+        trainer.last_checkpoint = f"{path} of step {step}"
     facts.update(resumed=True)
     session.log.event("resumed", text=f"step {step} from {path}", step=step, path=str(path))
     return trained

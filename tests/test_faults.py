@@ -368,6 +368,7 @@ train_gpt.Trainer.update = poisoned
     run = nursery.run({**small_env, **OFTEN}, tmp_path, poison)
     (cause,) = errors(run)
     assert run.rc == 1 and "not finite at step 5" in cause and "skip_weights" in cause
+    assert cause.endswith("Last good checkpoint: runs/x/checkpoint of step 5")
     header, tensors = train_gpt.read_tensors(tmp_path / "runs/x/checkpoint", "checkpoint")
     assert header["step"] == 5 and all(t.isfinite().all() for t in tensors.values())
     assert products(tmp_path) == {} and events(tmp_path, "failed")
