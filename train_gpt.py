@@ -156,7 +156,7 @@ class Config:
 
     knob = topic("calibration")
     gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
-    gptq_reserve_seconds: float = knob(0.0, "least time to calibrate; if 0 as measured", 0)
+    gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
     fisher_batches: int = knob(2, "of these also run backward, for STEP_RULE=fisher", 1, 10 ** 6)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
                               choices=("all", "first"))
@@ -2381,13 +2381,6 @@ def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> T
     return scaled if columns is None else scaled * columns
 
 
-def entropy_bytes(codes: Tensor) -> float:
-    """Return the order-0 entropy of int8 codes in bytes: what one ideal histogram coder needs."""
-    counts = torch.bincount(codes.flatten().int() + 128, minlength=256).double()
-    counts = counts[counts > 0]
-    return float((counts * (counts.sum() / counts).log2()).sum() / 8)
-
-
 def gaussian_bits(step: float, max_code: int) -> float:
     """Return the bits of a unit Gaussian rounded to multiples of `step`, clipped at +-max_code."""
     edges = (np.arange(-max_code, max_code) + 0.5) * step
@@ -2480,6 +2473,11 @@ def counted_bytes(counts: Tensor) -> float:
     counts = counts.double()
     bits = torch.special.entr(counts / counts.sum(-1, keepdim=True).clamp_min(1)).sum(-1)
     return float((bits * counts.sum(-1)).sum() / math.log(2) / 8)
+
+
+def entropy_bytes(codes: Tensor) -> float:
+    """Return the order-0 entropy of int8 codes in bytes: what one ideal histogram coder needs."""
+    return counted_bytes(torch.bincount(codes.flatten().int() + 128, minlength=256)[None])
 
 
 def rans_tables(counts: Tensor) -> np.ndarray:
@@ -2944,7 +2942,7 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
                               inside[:, first:], span)
 
 
-STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: a few seconds at most
+STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: what a kill may cost
 
 
 def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime,
@@ -3851,6 +3849,15 @@ def save_weights(session: Session, state: TrainState, header: dict):
         runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
 
 
+def layout_of(header: dict, config: Config, origin) -> Layout:
+    """Return the layout a file was made in; ContainerError where its settings give no such."""
+    for layout in reversed(layouts_of(config)):
+        if list(layout.order) == header["order"]:
+            return layout
+    raise ContainerError(f"{origin}: layer order {header['order'][:99]} is not one its settings "
+                         "give; make the file again")
+
+
 def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
     """Go on from this run's averaged weights or checkpoint; returns whether training is over."""
     files, runtime, state = session.files, session.runtime, trainer.state
@@ -3860,10 +3867,8 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
     path, kind = (files.weights, "weights") if trained else (files.checkpoint, "checkpoint")
     # every rank reads rank 0's bytes
     header, tensors = open_container(runtime.first(path.read_bytes), kind, path)
-    order, step = tuple(header["order"]), header["steps" if trained else "step"]
-    layout = next((known for known in layouts_of(session.config) if known.order == order), None)
-    if layout is None:
-        raise ContainerError(f"{path}: layer order {order[:99]} is not one its settings give")
+    step = header["steps" if trained else "step"]
+    layout = layout_of(header, session.config, path)
     try:
         if trained:
             check_tensors(tensors, weight_forms(session.config), path)
@@ -4000,12 +4005,7 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     state = restore_weights(header, tensors, config, source)
     model = session.build_model()
     load_weights(model, state)
-    plain, recurrent = layouts_of(config)
-    order = tuple(header["order"])
-    if order not in (plain.order, recurrent.order):
-        raise ContainerError(f"{source}: layer order {order[:99]} is not one its settings give; "
-                             "make the file again")
-    layout = recurrent if order == recurrent.order else plain
+    layout = layout_of(header, config, source)
     return session, model, layout, hashlib.sha256(data).hexdigest()
 
 
