@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py     # the record configuration
     python train_gpt.py --check                               # every check a run starts with
+    python train_gpt.py --inspect FILE                        # what an artifact or its like holds
     python train_gpt.py --help                                # every setting
 
 Read from the top: a run is Config -> Runtime -> Data -> Model -> Optimizer -> Train ->
@@ -194,6 +195,7 @@ class Config:
     row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2)
     embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
     column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
+    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher")
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
     scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
@@ -223,6 +225,7 @@ class Config:
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
+    uses_trellis = property(lambda c: c.trellis and c.fisher_steps)
     fisher_steps = property(lambda c: c.step_rule == "fisher" or (
         c.step_rule == "auto" and c.gptq_enabled and c.search_k))
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
@@ -556,7 +559,7 @@ def notices(config: Config, env) -> list[str]:
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
                 lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
     idle = {"HESSIAN_RANKS GPTQ_CALIBRATION_BATCHES EMBED_GPTQ": config.gptq_enabled,
-            "FISHER_BATCHES ROW_POWER EMBED_POWER COLUMN_POWER": config.fisher_steps,
+            "FISHER_BATCHES ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS": config.fisher_steps,
             "SCALE_FLOOR SCALE_FLOOR_EMBED": not config.fisher_steps,
             "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
             "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
@@ -581,8 +584,10 @@ def show_value(value) -> str:
 
 def help_text() -> str:
     """Return the `--help` page: every setting by topic, presets, foreign names."""
-    lines = ["usage: NAME=value … python train_gpt.py [--check | --help], or under torchrun",
+    lines = ["usage: NAME=value … python train_gpt.py [ARGUMENT], or under torchrun",
              "--check: every check a run starts with; --help: this page",
+             "--inspect FILE: the header of a run's weights, statistics or artifact, and bytes by "
+             "tensor",
              "Settings are environment variables: NAME = default, meaning."]
     for topic in TOPICS:
         lines.append(f"\n{topic}")
@@ -993,6 +998,8 @@ EVENTS = {
     "search": "search: multiplier {multiplier:.6f} estimate {estimated_bytes} "
               "packed {packed_bytes} of {limit_bytes} bytes",
     "unused": "search: finest steps reached, {unused_bytes} bytes of the budget stay unused",
+    "overfull": "warning: the coarsest steps leave {over_bytes} bytes too many; about {parameters} "
+                "parameters would fit",
     "artifact": "Serialized model int6+{compressor}: {bytes} bytes",
     "total_size": "Total submission size int6+{compressor}: {bytes} bytes",
     "bits": "bits per weight: {matrix_bits:.3f} matrices, {embed_bits:.3f} embeddings; "
@@ -1233,6 +1240,19 @@ def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor], codec: s
 def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
     """Return (header, tensors) of a container file of the given kind (weights, stats, artifact)."""
     return open_container(path.read_bytes(), kind, path)
+
+
+def inspect_text(path: Path) -> str:
+    """Return what a container file holds, as text: its header, then each tensor's bytes in it."""
+    data = path.read_bytes()
+    header, _ = unpack_tensors(data, path)
+    table = header.pop("tensors")
+    lines = [f"{name}: {json.dumps(value)}" for name, value in header.items()]
+    lines.append(f"{'bytes':>12}  {'type':8} {'shape':14} tensor")
+    lines += [f"{span:12,}  {dtype:8} {'x'.join(map(str, shape)):14} {name}"
+              for name, dtype, shape, span in table]
+    rest = len(data) - sum(row[3] for row in table)
+    return "\n".join([*lines, f"{rest:12,}  header, table, checksum", f"{len(data):12,}  in all"])
 
 
 # Kind of file -> what its header holds besides.
@@ -2227,6 +2247,7 @@ class Average:
 # == 7 Quantize: steps, GPTQ, the budget ==========================================================
 
 GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
+INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
 BASE_K, BASE_K_EMBED = 12.85, 20.0
 # The search's range: below 0.35 int6 rows would clip at 4.5 standard deviations.
 MULTIPLIER_RANGE = (0.35, 4.0)
@@ -2347,8 +2368,75 @@ def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, fl
     return level - 0.5 * (mean.log2() + row_power * share), column_power * (spread - level)
 
 
+# Dependent codes. A state, moved by the parity of each code down a column, says whether the next
+# code counts whole levels or those between (a code k is k or k - 1/2), so levels lie twice as dense
+# as the steps of one code. In any three codes exactly one path leads from each state to each other.
+TRELLIS = torch.tensor([[0, 2], [2, 0], [4, 6], [6, 4], [5, 7], [7, 5], [1, 3], [3, 1]])
+TRELLIS_ROWS = 258  # a path starts anew in state 0
+
+
+def trellis_paths() -> Tensor:
+    """Return which subset of levels the three codes between two states are of, (3, 8 to, 8 from).
+
+    Subset 2 h + p holds the codes of parity p counted in states of kind h = state // 4.
+    """
+    paths = torch.empty(3, 8, 8, dtype=torch.int64)
+    for origin, bits in itertools.product(range(8), range(8)):
+        state, subsets = origin, []
+        for parity in (bits & 1, bits >> 1 & 1, bits >> 2):
+            subsets.append(2 * (state // 4) + parity)
+            state = int(TRELLIS[state, parity])
+        paths[:, state, origin] = torch.tensor(subsets)
+    return paths
+
+
+def trellis_codes(x_NR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and levels (N, R) of the least squared error along the paths; x in steps.
+
+    Viterbi's algorithm, three codes at a time. Sources: trellis-coded quantisation (M. Marcellin,
+    T. Fischer, IEEE Trans. Comm. 1990), Ungerboeck's 8-state code, the idea of VVC's dependent
+    quantisation with levels between the whole ones in place of its doubled zero.
+    """
+    count, rows = x_NR.shape
+    x, inside = (F.pad(y, (0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS).T.contiguous()
+                 for y in (x_NR, torch.ones_like(x_NR)))
+    offset = torch.tensor([0.0, 1.0, -0.5, 0.5], dtype=x.dtype, device=x.device)[:, None]
+    nearest = x[:, None].clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
+    levels = 2 * ((nearest - offset) / 2).round() + offset  # (rows, 4 subsets, paths)
+    costs = ((levels - x[:, None]).square() * inside[:, None]).view(-1, 3, 4, x.shape[1])
+    paths = trellis_paths().to(x.device)
+    first, second, third = (costs[:, i, paths[i].flatten()] for i in range(3))
+    costs = (first + second + third).view(-1, 8, 8, x.shape[1])
+    total = torch.full_like(costs[0, 0], math.inf)
+    total[0], origins = 0.0, []
+    for cost in costs:
+        total, origin = (total + cost).min(1)
+        origins.append(origin)
+    path = [total.argmin(0)]
+    for origin in reversed(origins):
+        path.append(origin.gather(0, path[-1][None])[0])
+    states = torch.stack(path[::-1])
+    subsets = paths[:, states[1:], states[:-1]].transpose(0, 1).reshape(x.shape)
+    levels = levels.gather(1, subsets[:, None])[:, 0]
+    codes = levels + 0.5 * (subsets > 1)
+    codes, levels = (y.T.reshape(count, -1)[:, :rows] for y in (codes, levels))
+    return codes, levels
+
+
+def trellis_levels(codes_RC: Tensor) -> Tensor:
+    """Return the levels (R, C), fp32, in steps, that int8 codes stand for on their paths."""
+    rows, columns = codes_RC.shape
+    codes = F.pad(codes_RC, (0, 0, 0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS, columns)
+    levels, following = codes.float(), TRELLIS.flatten().to(codes.device)
+    state = torch.zeros_like(codes[:, 0], dtype=torch.int64)
+    for t in range(TRELLIS_ROWS):
+        levels[:, t] -= 0.5 * (state >= 4)
+        state = following[2 * state + (codes[:, t] & 1)]
+    return levels.view(-1, columns)[:rows]
+
+
 def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
-         columns_NC: Tensor | None = None) -> Tensor:
+         columns_NC: Tensor | None = None, trellis: bool = False) -> Tensor:
     """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
 
     A weight's step is its row's times its column's (1 where none are given). Weights and factors
@@ -2367,17 +2455,22 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
         errors = torch.empty_like(work[:, start:end])
         for j in range(start, end):
             steps = row_steps * scale[:, j, None]
-            code = (work[:, j] / steps).round_().clamp_(-max_code, max_code)
-            error = (work[:, j] - code * steps) / upper[:, j, j, None]
+            code = level = work[:, j] / steps
+            if trellis:
+                code, level = trellis_codes(level)
+            else:
+                code.round_().clamp_(-max_code, max_code)
+            error = (work[:, j] - level * steps) / upper[:, j, j, None]
             codes[:, j], errors[:, j - start] = code, error
             work[:, j + 1:end] -= upper[:, j, j + 1:end, None] * error[:, None, :]
         work[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
     return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
 
 
-def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Return the weights (…, R, C), fp32, that codes and steps of rows and columns stand for."""
-    scaled = codes.float() * steps.float()[..., None]
+def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None,
+               trellis: bool = False) -> Tensor:
+    """Return the weights (R, C), fp32, that codes and steps of rows and columns stand for."""
+    scaled = (trellis_levels(codes) if trellis else codes.float()) * steps.float()[..., None]
     return scaled if columns is None else scaled * columns
 
 
@@ -2398,8 +2491,8 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
     estimate, then corrects it by the ratio the real coder showed, until at most 0.1 % is unused.
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
-    estimates, best, seen, target = {}, None, [(0, 0)], float(limit_bytes)
-    for _ in range(8):
+    estimates, best, target = {}, None, float(limit_bytes)
+    for _ in range(20):  # two or three do, but sizes of tiny models jump about
         multiplier = solve_estimate(estimate_at, target, estimates)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
@@ -2409,10 +2502,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
         at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
         if at_end or (fits and len(packed) >= 0.999 * limit_bytes):
             return multiplier, packed
-        # a little under the limit, along the line through the last two packings (or the origin)
-        seen = [*seen, (estimates[multiplier], len(packed))][-2:]
-        (e0, p0), (e1, p1) = seen if seen[0][1] != seen[1][1] else ((0, 0), seen[1])
-        target = e1 + (0.9996 * limit_bytes - p1) * (e1 - e0) / (p1 - p0)
+        target = estimates[multiplier] * 0.9996 * limit_bytes / len(packed)
     return best or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
 
 
@@ -2586,9 +2676,6 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
-INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
-
-
 def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
     """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
     kinds = {Role.EMBED: "int8", Role.MATRIX: "int6", Role.CONTROL: config.control_dtype}
@@ -2719,10 +2806,13 @@ class Quantizer:
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
+        scaled = w / steps[:, :, None] / columns[:, None, :]
         if solved and spec.gptq:
-            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns)
+            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns, self.config.uses_trellis)
+        elif solved and self.config.uses_trellis:
+            codes = torch.stack([trellis_codes(one.T)[0].T for one in scaled])
         else:
-            codes = (w / steps[:, :, None] / columns[:, None, :]).round().clamp(-127, 127)
+            codes = scaled.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)
         return codes.to(torch.int8), rows, group.columns_NC
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
@@ -2826,7 +2916,7 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
         code = code.view(shapes[name])
         if fisher:
             state[name] = dequantize(code, multiplier * steps_from_codes(step),
-                                     steps_from_codes(column))
+                                     steps_from_codes(column), config.uses_trellis)
         else:
             state[name] = dequantize(code, step)
     for name, weight in state.items():
@@ -2839,6 +2929,12 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
 def weight_forms(config: Config) -> dict:
     """Return name -> (shape, dtype) of the tensors in a file of averaged weights."""
     return {name: (p.shape, torch.float32) for name, p in meta_model(config).named_parameters()}
+
+
+def fitting_parameters(config: Config, artifact_bytes: int, limit_bytes: int) -> int:
+    """Return how many parameters would fit the limit at the bytes a parameter takes here."""
+    count = sum(p.numel() for p in meta_model(config).parameters())
+    return int(count * max(0, limit_bytes) / artifact_bytes)
 
 
 def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
@@ -2869,8 +2965,9 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
         return total(1.0), f"at the given k{smaller}"
     limit, (finest, coarsest) = config.artifact_max_bytes, map(total, MULTIPLIER_RANGE)
     if coarsest > limit:
-        return coarsest, ("does not fit at the coarsest steps: use a smaller model or a larger "
-                          "ARTIFACT_MAX_BYTES")
+        fitting = fitting_parameters(config, coarsest - code_bytes, limit - code_bytes)
+        return coarsest, (f"does not fit at the coarsest steps: a model of about {fitting} "
+                          "parameters would, or set a larger ARTIFACT_MAX_BYTES")
     if finest < limit:
         return finest, f"{limit - finest} bytes of the budget stay unused at the finest steps"
     return int(0.9995 * limit), "the search fills the budget"
@@ -3756,6 +3853,9 @@ def describe_artifact(session: Session, config: Config, quantizer: Quantizer, mu
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
+    if config.search_k and unused < 0:
+        log.event("overfull", over_bytes=-unused,
+                  parameters=fitting_parameters(config, size, unused + size))
     rule = "fisher" if config.fisher_steps else "sdclip"
     bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
                 embed_bits=quantizer.bits(multiplier, "int8"))
@@ -4116,12 +4216,16 @@ def main(argv: list[str], env) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
-    if unknown := sorted(set(argv) - {"--check"}):
-        print(f"error: unknown argument {unknown[0]}; settings are environment variables, see "
-              "--help", file=sys.stderr)
+    inspects = argv[:1] == ["--inspect"] and len(argv) == 2
+    if not inspects and argv not in ([], ["--check"]):
+        print(f"error: unknown arguments {' '.join(argv)}: one of --check, --inspect FILE, --help; "
+              "settings are environment variables", file=sys.stderr)
         return 2
     try:
-        run(env, check="--check" in argv)
+        if inspects:
+            print(inspect_text(Path(argv[1])))
+        else:
+            run(env, check="--check" in argv)
         return 0
     except (ValueError, OSError) as error:
         faults, shared = getattr(error, "faults", [str(error)]), getattr(error, "shared", False)

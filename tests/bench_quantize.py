@@ -10,10 +10,14 @@ the script's own quantiser, coder, container and reader. Bytes are those of the 
 the yardstick is GPTQ with SDClip k = 12.85 and no floor on the matrices, embeddings rounded at
 k = 20, Brotli 11. KL is that of the unquantised model's distribution to the quantised one's, mean
 over --tokens targets of the validation text in windows that do not overlap; dbpb is the difference
-of their scores in bits per byte.
+of their scores in bits per byte. --rows keeps the lines as JSON; --summary makes one table of such
+files from several seeds:
+
+    python tests/bench_quantize.py --summary rows1.jsonl rows2.jsonl rows3.jsonl
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -23,23 +27,32 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from candidates import gptaq  # noqa: E402
+
 import train_gpt as t  # noqa: E402
 
+AIM_WINDOWS = 256  # of training text, for asymmetric targets
+
 YARDSTICK = "STEP_RULE=sdclip SDCLIP_K=12.85 SDCLIP_K_EMBED=20 EMBED_GPTQ=0 COMPRESSOR=brotli"
+PLAIN = "TRELLIS=0 "
 TABLE = [  # at the yardstick's bytes; a number behind @ is a share of them
     ("yardstick", YARDSTICK),
     ("PR #1471's floors", YARDSTICK + " SCALE_FLOOR=0.03225806 SCALE_FLOOR_EMBED=0.00787402"),
     ("GPTQ embeddings, searched k", "STEP_RULE=sdclip COMPRESSOR=brotli"),
-    ("the same, entropy coder", "STEP_RULE=sdclip"),
-    ("embeddings by frequency only", "ROW_POWER=0 COLUMN_POWER=0"),
-    ("rows and tensors by Fisher", "COLUMN_POWER=0"),
-    ("default", ""),
+    ("+ entropy coder", "STEP_RULE=sdclip"),
+    ("+ embeddings by frequency", PLAIN + "ROW_POWER=0 COLUMN_POWER=0"),
+    ("+ rows and tensors by Fisher", PLAIN + "COLUMN_POWER=0"),
+    ("+ columns by water-filling", PLAIN),
+    ("+ trellis = default", ""),
+    ("default, asymmetric targets", "ASYMMETRIC"),
     ("default, columns full", "COLUMN_POWER=1"),
+    ("default, columns alike", "COLUMN_POWER=0"),
     ("default, tensors' means only", "ROW_POWER=0"),
     ("default, embedding rows alike", "EMBED_POWER=0"),
     ("default, embedding rows half", "EMBED_POWER=0.5"),
     ("default, Brotli", "COMPRESSOR=brotli"),
     ("default @ 80 % of the bytes", "@0.8"),
+    ("default @ 70 % of the bytes", "@0.7"),
 ]
 
 
@@ -48,6 +61,7 @@ class Bench:
 
     def __init__(self, folder: Path, env: dict, num_tokens: int):
         self.header, self.weights = t.read_tensors(folder / "final_model.weights", "weights")
+        self.sha256 = hashlib.sha256((folder / "final_model.weights").read_bytes()).hexdigest()
         self.stats_header, self.stats = t.read_tensors(folder / "final_model.stats", "stats")
         self.env = env
         self.config = self.config_of({})
@@ -70,9 +84,19 @@ class Bench:
         shards = t.ShardSet(t.find_shards(self.config.shard_dir, "train"),
                             self.config.train_seq_len)
         calibration = t.Calibration(model, self.config, runtime)
-        self.stats = calibration.run(self.layout, t.Loader(shards, self.config, runtime), t.Clock(),
-                                     t.Log(False))
+        self.loader = t.Loader(shards, self.config, runtime)
+        self.stats = calibration.run(self.layout, self.loader, t.Clock(), t.Log(False))
         self.stats_header = dict(readers=calibration.readers)
+
+    def aim(self, quantised):
+        """Return (weights, statistics) with targets for the inputs that quantised weights give."""
+        readers = {module: names for module, names in self.stats_header["readers"].items()
+                   if module != t.HEAD_INPUT}
+        batches = [self.loader.read(at, 4)[:, :-1] for at in range(0, AIM_WINDOWS, 4)]
+        moments = gptaq.paired_moments(t.GPT(self.config), self.weights, quantised, batches,
+                                       self.layout, list(readers))
+        weights, hessians = gptaq.asymmetric_targets(self.weights, moments, readers)
+        return weights, self.stats | hessians
 
     def config_of(self, changes: dict) -> t.Config:
         stored = t.stored_settings(self.header, Path("weights"))
@@ -99,15 +123,20 @@ class Bench:
             kl += (p.float().exp() * (p.float() - q.float())).sum().item()
         return kl / self.count, (self.nats_of(odds) - self.nats) / math.log(2) / self.bytes
 
-    def variant(self, changes: dict, limit_bytes: int):
+    def variant(self, changes: dict, limit_bytes: int, asymmetric: bool = False):
         """Quantise, pack, read back; return (bytes, bits a matrix weight, an embedding's, weights).
 
         limit_bytes counts the artifact alone; a given k ignores it.
         """
+        found = self.quantise(changes, limit_bytes, self.weights, self.stats)
+        if asymmetric:
+            found = self.quantise(changes, limit_bytes, *self.aim(found[-1]))
+        return found
+
+    def quantise(self, changes: dict, limit_bytes: int, weights, stats):
         config = self.config_of(changes)
-        known = t.sensitivity_of(self.stats, self.stats_header["readers"], self.weights,
-                                 config.fisher_steps)
-        quantizer = t.Quantizer(self.weights, known, config, torch.device("cpu"))
+        known = t.sensitivity_of(stats, self.stats_header["readers"], weights, config.fisher_steps)
+        quantizer = t.Quantizer(weights, known, config, torch.device("cpu"))
         head = dict(self.header, kind="artifact", config=t.artifact_config(config))
         multiplier, packed = t.fit_artifact(quantizer, head, config, limit_bytes,
                                             lambda *told: None)
@@ -121,20 +150,72 @@ def parse_settings(text: str) -> dict:
     return dict(pair.split("=", 1) for pair in text.split())
 
 
+def equal_gap_share(rows: list[dict]) -> float | None:
+    """Return the share of the yardstick's bytes at which the default loses as much as it does.
+
+    Interpolated in the logarithm of KL between the two rows around it; None outside them.
+    """
+    bytes_of = {row["name"]: row["bytes"] for row in rows}
+    points = sorted((row["bytes"] / bytes_of["yardstick"], math.log(row["kl_ratio"]))
+                    for row in rows if row["settings"] in ("", "@0.8", "@0.7"))
+    for (low, worse), (high, better) in zip(points, points[1:]):
+        if better <= 0 <= worse:
+            return low + (high - low) * worse / (worse - better)
+    return None
+
+
+def summary(seeds: list[list[dict]]) -> str:
+    """Return a Markdown table of variants: means over seeds, with the least and the largest."""
+    def found(name, field):
+        return [row[field] for rows in seeds for row in rows if row["name"] == name]
+
+    def mean(name, field):
+        return sum(found(name, field)) / len(found(name, field))
+
+    def spread(name, field):
+        return (f"{mean(name, field):.3f} ({min(found(name, field)):.3f}-"
+                f"{max(found(name, field)):.3f})")
+
+    lines = ["| variant | bytes | bits: matrices | embeddings | KL | KL / yardstick | dbpb "
+             "| dbpb / yardstick | s |", "|---|" + "---:|" * 8]
+    for name in dict.fromkeys(row["name"] for rows in seeds for row in rows):
+        lines.append(f"| {name} | {mean(name, 'bytes'):,.0f} | {mean(name, 'matrix_bits'):.3f} | "
+                     f"{mean(name, 'embed_bits'):.3f} | {mean(name, 'kl'):.6f} | "
+                     f"{spread(name, 'kl_ratio')} | {mean(name, 'dbpb'):.5f} | "
+                     f"{spread(name, 'dbpb_ratio')} | {mean(name, 'seconds'):.0f} |")
+    lines.append("")
+    for rows in seeds:
+        share, first = equal_gap_share(rows), rows[0]
+        gap = f"{100 * share:.1f} % of the bytes" if share else "bytes outside what was tried"
+        lines.append(f"- weights {first['weights_sha256']}: {first['bpb']:.4f} bpb unquantised, "
+                     f"{first['tokens']:,} targets; default as good as the yardstick at {gap}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--rows", type=Path, help="file that gets each line as JSON too")
+    parser.add_argument("--summary", type=Path, nargs="+", help="files of --rows, one per seed")
     parser.add_argument("--data", default="data/datasets/bench_sp1024")
     parser.add_argument("--tokenizer", default="data/tokenizers/fineweb_1024_bpe.model")
     parser.add_argument("--tokens", type=int, default=500_000, help="validation targets")
     parser.add_argument("--set", action="append", default=[], dest="sets",
-                        help="settings of one more variant, instead of the table")
+                        help="settings of one more variant, instead of the table; @0.8: at that "
+                             "share of the bytes, ASYMMETRIC: with candidates/gptaq.py (which "
+                             "needs --calibrate)")
     parser.add_argument("--bytes", type=int, help="file bytes of each variant (the yardstick's)")
     parser.add_argument("--calibrate", metavar="SETTINGS",
                         help="collect the statistics anew with these settings, for example "
                              "'TRAIN_BATCH_TOKENS=8192 GPTQ_CALIBRATION_BATCHES=256'")
     options = parser.parse_args()
+    if options.summary:
+        print(summary([[json.loads(line) for line in path.read_text().splitlines()]
+                       for path in options.summary]))
+        return 0
+    if not options.folder:
+        parser.error("which run's folder?")
     env = dict(DATA_PATH=options.data, TOKENIZER_PATH=options.tokenizer, DEVICE="cpu")
     bench = Bench(options.folder, env, options.tokens)
     if options.calibrate:
@@ -150,14 +231,20 @@ def main() -> int:
         settings, _, share = text.partition("@")
         limit = int(float(share or 1) * (options.bytes or (yardstick or [1 << 30])[0]))
         since = time.perf_counter()
-        size, matrix, embed, weights = bench.variant(parse_settings(settings), limit)
+        settings, marker, _ = settings.partition("ASYMMETRIC")
+        size, matrix, embed, weights = bench.variant(parse_settings(settings), limit, bool(marker))
         seconds = time.perf_counter() - since
         kl, dbpb = bench.judge(weights)
         yardstick = yardstick or (size, kl, dbpb)
         print(f"{name:34} {size:9} {matrix:6.3f} {embed:6.3f} {kl:9.6f} {kl / yardstick[1]:6.3f} "
               f"{dbpb:8.5f} {dbpb / yardstick[2]:6.3f} {seconds:5.1f}", flush=True)
-        print(json.dumps(dict(name=name, settings=settings, bytes=size, kl=kl, dbpb=dbpb)),
-              file=sys.stderr)
+        if options.rows:
+            row = dict(name=name, settings=text, bytes=size, matrix_bits=matrix, embed_bits=embed,
+                       kl=kl, dbpb=dbpb, kl_ratio=kl / yardstick[1],
+                       dbpb_ratio=dbpb / yardstick[2], seconds=seconds, tokens=bench.count,
+                       bpb=bench.nats / math.log(2) / bench.bytes, weights_sha256=bench.sha256)
+            with open(options.rows, "a") as file:
+                print(json.dumps(row), file=file)
     return 0
 
 

@@ -369,7 +369,58 @@ def row_scale(w_RC, k=12.85, max_code=31, floor=1 / 31):
     return torch.stack(steps).to(torch.float16).to(w_RC.dtype)
 
 
-def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01):
+def round_to_codes(x_R, max_code=31):
+    """Return (codes, levels), one rounding at a time: levels are the codes."""
+    code_R = torch.clamp(torch.round(x_R), -max_code, max_code)
+    return code_R, code_R
+
+
+# The registers (r1, r2, r3) of Ungerboeck's 8-state code with parity checks 13 and 04 (octal); r1
+# says whether levels lie between the whole numbers, the parity of a code enters the second.
+TRELLIS_ROWS = 258
+
+
+def trellis_step(registers, code):
+    r1, r2, r3 = registers
+    return r1 ^ r2, (code % 2) ^ r3, r1
+
+
+def trellis_levels(code_R):
+    """Return the levels that a column of codes stands for, a list of floats."""
+    levels, registers = [], (0, 0, 0)
+    for row, code in enumerate(code_R):
+        if row % TRELLIS_ROWS == 0:
+            registers = (0, 0, 0)
+        levels.append(code - 0.5 * registers[0])
+        registers = trellis_step(registers, code)
+    return levels
+
+
+def trellis_column(x_R):
+    """Return (codes, levels) of the least squared error: all states, one row after the other.
+
+    Each code is one of the two nearest of its parity, so no better one is left out.
+    """
+    codes, levels = [], []
+    for start in range(0, len(x_R), TRELLIS_ROWS):
+        ways = {(0, 0, 0): (0.0, [], [])}
+        for x in x_R[start:start + TRELLIS_ROWS].tolist():
+            better = {}
+            for registers, (cost, before, values) in ways.items():
+                least = math.floor(x + 0.5 * registers[0]) - 1
+                for code in range(least, least + 4):
+                    level = code - 0.5 * registers[0]
+                    way = (cost + (level - x) ** 2, [*before, code], [*values, level])
+                    following = trellis_step(registers, code)
+                    if following not in better or way[0] < better[following][0]:
+                        better[following] = way
+            ways = better
+        _, some_codes, some_levels = min(ways.values(), key=lambda way: way[0])
+        codes, levels = codes + some_codes, levels + some_levels
+    return torch.tensor(codes, dtype=x_R.dtype), torch.tensor(levels, dtype=x_R.dtype)
+
+
+def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False):
     """Return int8 codes (R, C) by GPTQ, one column at a time, no blocks.
 
     Columns are visited by descending Hessian diagonal (stable); the error of each is spread over
@@ -393,8 +444,9 @@ def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01):
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes_RC = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
     for j in range(columns):
-        code_R = torch.clamp(torch.round(w[:, j] / step_R), -max_code, max_code)
-        error_R = (w[:, j] - code_R * step_R) / upper[j, j]
+        x_R = w[:, j] / step_R
+        code_R, level_R = trellis_column(x_R) if trellis else round_to_codes(x_R, max_code)
+        error_R = (w[:, j] - level_R * step_R) / upper[j, j]
         for later in range(j + 1, columns):
             w[:, later] = w[:, later] - error_R * upper[j, later]
         codes_RC[:, visit[j]] = code_R.to(torch.int8)

@@ -58,7 +58,7 @@ FORBIDDEN_IMPORTS = {
     "Kernels": {"nn", "dist", "os", "Path"},
     "Model": {"os", "sys", "dist", "Path", "json", "subprocess", "np", "time"},
     "Optimizer": {"os", "sys", "Path", "F"},
-    "Quantize": {"os", "sys", "Path", "dist", "nn", "F"},
+    "Quantize": {"os", "sys", "Path", "dist", "nn"},
     "Coder": {"dist", "F", "os", "nn", "Path"},
     "Artifact": {"dist", "F", "os"},
     "Evaluate": {"dist", "os"},
@@ -70,7 +70,7 @@ FORBIDDEN_IMPORTS = {
 }
 MAX_LINE, MAX_FUNCTION_LINES, AIM_FUNCTION_LINES = 100, 60, 40
 MAX_PARAMETERS, MAX_NESTING = 6, 4
-MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 2990
+MAX_ROOM_LINES, MAX_TOTAL_LINES = 370, 3060
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)

@@ -262,6 +262,11 @@ def test_a_model_that_does_not_fit_is_a_verdict_not_a_crash(tiny_run, tmp_path):
     assert done.result["verdicts"]["code + artifact"] is False
     assert "OVER THE LIMIT" in done.stdout
     assert done.result["multiplier"] == train_gpt.MULTIPLIER_RANGE[1]
+    over, fitting = re.search(r"(\d+) bytes too many; about (\d+) parameters", done.stdout).groups()
+    assert int(over) == done.result["total_bytes"] - SCRIPT.stat().st_size - 20_000
+    share = 20_000 / done.result["artifact_bytes"]
+    count = int(re.search(r"model_params:(\d+)", tiny_run.stdout)[1])
+    assert int(fitting) == int(count * share)
 
 
 def test_bytes_that_cannot_be_used_are_named(tiny_run, tmp_path):
