@@ -506,10 +506,14 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     the file's: it could not have any effect any more.
     """
     stored, faults = stored_settings(header, origin), []
-    values = {}
+    values, consumed = {}, [name for name, f in KNOBS.items()
+                            if f.metadata["topic"] in ARTIFACT_TOPICS
+                            and STAGES.index(f.metadata["stage"]) < STAGES.index(stage)]
+    if lacking := sorted(set(consumed) - set(stored)):
+        raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
+                           "that wrote it, or make it again"], shared=True)
     for name, value in stored.items():
-        current = getattr(config, name)
-        earlier = STAGES.index(KNOBS[name].metadata["stage"]) < STAGES.index(stage)
+        current, earlier = getattr(config, name), name in consumed
         if earlier and name in config.explicit and current != value:
             faults.append(f"{name.upper()}={show_value(current)}: {origin} was made with "
                           f"{show_value(value)}; unset it")
@@ -2372,7 +2376,11 @@ def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, fl
 # code counts whole levels or those between (a code k is k or k - 1/2), so levels lie twice as dense
 # as the steps of one code. In any three codes exactly one path leads from each state to each other.
 TRELLIS = torch.tensor([[0, 2], [2, 0], [4, 6], [6, 4], [5, 7], [7, 5], [1, 3], [3, 1]])
-TRELLIS_ROWS = 258  # a path starts anew in state 0
+
+
+def path_rows(rows: int) -> int:
+    """Return after how many rows of a column a path starts anew: a multiple of 3, 258 at most."""
+    return min(258, -(-rows // 3) * 3)
 
 
 def trellis_paths() -> Tensor:
@@ -2390,6 +2398,9 @@ def trellis_paths() -> Tensor:
     return paths
 
 
+TRELLIS_PATHS = trellis_paths()
+
+
 def trellis_codes(x_NR: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes and levels (N, R) of the least squared error along the paths; x in steps.
 
@@ -2397,14 +2408,14 @@ def trellis_codes(x_NR: Tensor) -> tuple[Tensor, Tensor]:
     T. Fischer, IEEE Trans. Comm. 1990), Ungerboeck's 8-state code, the idea of VVC's dependent
     quantisation with levels between the whole ones in place of its doubled zero.
     """
-    count, rows = x_NR.shape
-    x, inside = (F.pad(y, (0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS).T.contiguous()
+    (count, rows), length = x_NR.shape, path_rows(x_NR.shape[1])
+    x, inside = (F.pad(y, (0, -rows % length)).view(-1, length).T.contiguous()
                  for y in (x_NR, torch.ones_like(x_NR)))
     offset = torch.tensor([0.0, 1.0, -0.5, 0.5], dtype=x.dtype, device=x.device)[:, None]
     nearest = x[:, None].clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
     levels = 2 * ((nearest - offset) / 2).round() + offset  # (rows, 4 subsets, paths)
     costs = ((levels - x[:, None]).square() * inside[:, None]).view(-1, 3, 4, x.shape[1])
-    paths = trellis_paths().to(x.device)
+    paths = TRELLIS_PATHS.to(x.device)
     first, second, third = (costs[:, i, paths[i].flatten()] for i in range(3))
     costs = (first + second + third).view(-1, 8, 8, x.shape[1])
     total = torch.full_like(costs[0, 0], math.inf)
@@ -2425,11 +2436,11 @@ def trellis_codes(x_NR: Tensor) -> tuple[Tensor, Tensor]:
 
 def trellis_levels(codes_RC: Tensor) -> Tensor:
     """Return the levels (R, C), fp32, in steps, that int8 codes stand for on their paths."""
-    rows, columns = codes_RC.shape
-    codes = F.pad(codes_RC, (0, 0, 0, -rows % TRELLIS_ROWS)).view(-1, TRELLIS_ROWS, columns)
+    (rows, columns), length = codes_RC.shape, path_rows(len(codes_RC))
+    codes = F.pad(codes_RC, (0, 0, 0, -rows % length)).view(-1, length, columns)
     levels, following = codes.float(), TRELLIS.flatten().to(codes.device)
     state = torch.zeros_like(codes[:, 0], dtype=torch.int64)
-    for t in range(TRELLIS_ROWS):
+    for t in range(length):
         levels[:, t] -= 0.5 * (state >= 4)
         state = following[2 * state + (codes[:, t] & 1)]
     return levels.view(-1, columns)[:rows]

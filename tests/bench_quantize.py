@@ -76,23 +76,25 @@ class Bench:
         self.base = self.log_odds(self.weights)
         self.nats = self.nats_of(self.base)
 
-    def calibrate(self):
-        """Collect the statistics anew, from the training shards beside the validation text."""
-        runtime = t.Runtime({}, self.config)
-        model = t.GPT(self.config)
-        t.load_weights(model, self.weights)
+    def loader(self) -> t.Loader:
         shards = t.ShardSet(t.find_shards(self.config.shard_dir, "train"),
                             self.config.train_seq_len)
-        calibration = t.Calibration(model, self.config, runtime)
-        self.loader = t.Loader(shards, self.config, runtime)
-        self.stats = calibration.run(self.layout, self.loader, t.Clock(), t.Log(False))
+        return t.Loader(shards, self.config, t.Runtime({}, self.config))
+
+    def calibrate(self):
+        """Collect the statistics anew, from the training shards beside the validation text."""
+        model = t.GPT(self.config)
+        t.load_weights(model, self.weights)
+        calibration = t.Calibration(model, self.config, t.Runtime({}, self.config))
+        self.stats = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
         self.stats_header = dict(readers=calibration.readers)
 
     def aim(self, quantised):
         """Return (weights, statistics) with targets for the inputs that quantised weights give."""
         readers = {module: names for module, names in self.stats_header["readers"].items()
                    if module != t.HEAD_INPUT}
-        batches = [self.loader.read(at, 4)[:, :-1] for at in range(0, AIM_WINDOWS, 4)]
+        loader = self.loader()
+        batches = [loader.read(at, 4)[:, :-1] for at in range(0, AIM_WINDOWS, 4)]
         moments = gptaq.paired_moments(t.GPT(self.config), self.weights, quantised, batches,
                                        self.layout, list(readers))
         weights, hessians = gptaq.asymmetric_targets(self.weights, moments, readers)
@@ -192,7 +194,7 @@ def summary(seeds: list[list[dict]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
@@ -203,13 +205,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=500_000, help="validation targets")
     parser.add_argument("--set", action="append", default=[], dest="sets",
                         help="settings of one more variant, instead of the table; @0.8: at that "
-                             "share of the bytes, ASYMMETRIC: with candidates/gptaq.py (which "
-                             "needs --calibrate)")
+                             "share of the bytes, ASYMMETRIC: with candidates/gptaq.py")
     parser.add_argument("--bytes", type=int, help="file bytes of each variant (the yardstick's)")
     parser.add_argument("--calibrate", metavar="SETTINGS",
                         help="collect the statistics anew with these settings, for example "
                              "'TRAIN_BATCH_TOKENS=8192 GPTQ_CALIBRATION_BATCHES=256'")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.summary:
         print(summary([[json.loads(line) for line in path.read_text().splitlines()]
                        for path in options.summary]))

@@ -4,10 +4,10 @@
 
 Sections, most important first: `step` (ours and plain at both depths), `memory`, `candidates`
 (ours with each kernel of tests/candidates put in; needs Triton and a GPU, or its interpreter),
-`evaluation` (sliding windows), `parts` (optimizer, loader), `artifact` (GPTQ, packing), `overlay`
-(losses of both sides over 200 steps). Prints one line a figure as it is found, with the share of
-this device's own matrix rate where that means something; --rows writes them as JSON too. --tiny
-takes sizes a CPU finishes in seconds.
+`evaluation` (sliding windows), `parts` (optimizer, loader), `artifact` (GPTQ, search, packing,
+reading), `overlay` (losses of both sides over 200 steps). Prints one line a figure as it is found,
+with the share of this device's own matrix rate where that means something; --rows writes them as
+JSON too. --tiny takes sizes a CPU finishes in seconds.
 
 The plain side has the same model, compiled alike, with the same attention, and what one writes
 first around it: a parameter is its own tensor, Muon works matrix by matrix (`muon_step` of
@@ -18,6 +18,7 @@ step.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -185,6 +186,13 @@ def seconds_of(bench: Bench, call: Callable[[], object], times: int) -> float:
         call()
     bench.runtime.synchronize()
     return (time.perf_counter() - since) / times
+
+
+def timed(bench: Bench, call: Callable, *args):
+    """Return what a call returns, and its seconds."""
+    made: list = []
+    seconds = seconds_of(bench, lambda: made.append(call(*args)), 1)
+    return made[0], seconds
 
 
 def in_turns(bench: Bench, calls: dict[str, Callable[[], object]],
@@ -366,27 +374,78 @@ def evaluation(bench: Bench):
                relative_difference=abs(nats["ours"] / nats["plain"] - 1))
 
 
+def trained_like(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return weights as training leaves them: rows of many sizes, a few directions, light tails."""
+    w = torch.randn(shape, generator=generator)
+    if w.ndim < 2:
+        return w
+    low = torch.randn(shape[0], 4, generator=generator) @ torch.randn(4, shape[1],
+                                                                      generator=generator)
+    w = (w + 0.3 * low) * (1 + 0.1 * torch.randn(shape, generator=generator).square())
+    return 0.03 * w * 2 ** (0.5 * torch.randn(shape[0], 1, generator=generator))
+
+
+def column_loop(w: torch.Tensor, factors, steps: torch.Tensor):
+    """GPTQ of one matrix as one writes it first: no blocks, no batches."""
+    work, upper = w[:, factors.order_NC[0]].clone(), factors.upper_NCC[0]
+    for j in range(w.shape[1]):
+        code = (work[:, j] / steps).round_().clamp_(-127, 127)
+        error = (work[:, j] - code * steps) / upper[j, j]
+        work[:, j + 1:] -= error[:, None] * upper[j, j + 1:]
+
+
+def over_entropy(packed: bytes, codes: dict[str, torch.Tensor]) -> float:
+    """Return a file's bytes over those of order-0 entropy (a histogram a tensor) and the rest."""
+    header, _ = train_gpt.unpack_tensors(packed, "bench")
+    coder = {"stream", "states", "tables", "codes", "row_classes", "column_classes"}
+    spent = sum(span for name, *_, span in header["tensors"] if name.split(".")[0] in coder)
+    ideal = sum(train_gpt.entropy_bytes(code) for code in codes.values())
+    return len(packed) / (len(packed) - spent + ideal)
+
+
+def read_back(packed: bytes, config: Config):
+    header, tensors = train_gpt.unpack_tensors(packed, "bench")
+    train_gpt.restore_weights(header, tensors, config, "bench")
+
+
 def artifact(bench: Bench):
-    """GPTQ and packing of a random model, with Hessians of random inputs."""
+    """From weights and Hessians to the artifact and back, at this model's shapes."""
     free(bench)
-    model, hessians = bench.model(), {}
-    weights = {name: p.detach().float() for name, p in model.named_parameters()}
+    generator, hessians = torch.Generator().manual_seed(0), {}
+    weights = {name: trained_like(p.shape, generator)
+               for name, p in train_gpt.meta_model(bench.config).named_parameters()}
     for name, weight in weights.items():
         if weight.ndim == 2:
-            inputs = torch.randn(2 * weight.shape[1], weight.shape[1], device=bench.device)
+            inputs = torch.randn(2 * weight.shape[1], weight.shape[1], generator=generator)
+            inputs *= 2 ** torch.randn(weight.shape[1], generator=generator)
             hessians[name] = inputs.T @ inputs / len(inputs)
-    fisher = {name: torch.ones(len(weights[name]), device=bench.device) for name in hessians}
-    known, made = train_gpt.Sensitivity(hessians, fisher), []
-    factor = seconds_of(bench, lambda: made.append(
-        train_gpt.Quantizer(weights, known, bench.config, bench.device)), 1)
-    quantizer, multipliers = made[0], iter((1.0, 1.1, 1.2, 1.3))
-    codes = seconds_of(bench, lambda: quantizer.codes_at(next(multipliers)), 2)
-    bench.tell("gptq", factor_seconds=factor, codes_seconds=codes,
-               weights=sum(w.numel() for w in weights.values()))
-    tensors, packed = quantizer.tensors_at(next(multipliers)), []
-    spent = seconds_of(bench, lambda: packed.append(
-        train_gpt.pack_tensors({}, tensors, bench.config.compressor)), 1)
-    bench.tell("packing", codec=bench.config.compressor, seconds=spent, bytes=len(packed[0]))
+    fisher = {name: torch.rand(len(weights[name]), generator=generator) ** 2 for name in hessians}
+    known = train_gpt.Sensitivity(hessians, fisher)
+    count = sum(w.numel() for w in weights.values())
+    for side, trellis in (("scalar", False), ("trellis", True)):
+        config = dataclasses.replace(bench.config, trellis=trellis)
+        quantizer, factor = timed(bench, train_gpt.Quantizer, weights, known, config, bench.device)
+        _, codes = timed(bench, quantizer.codes_at, 1.0)
+        bench.tell("gptq", side=side, factor_seconds=factor, codes_seconds=codes, weights=count)
+    spent = 0.0
+    for group in quantizer.groups:
+        steps = 2.0 ** (group.rows_NR.float() / train_gpt.OCTAVE)
+        for i, name in enumerate(group.names):
+            factors = train_gpt.factor_hessians(hessians[name][None].to(bench.device))
+            spent += timed(bench, column_loop, group.w_NRC[i], factors, steps[i])[1]
+    bench.tell("gptq", side="plain column loop", codes_seconds=spent, weights=count)
+    for coder in ("rans", "brotli"):
+        quantizer.config = config = dataclasses.replace(bench.config, compressor=coder)
+        head, told = dict(config=train_gpt.artifact_config(config), order=[], kind="artifact"), []
+        limit = int(0.43 * count)
+        (multiplier, packed), seconds = timed(
+            bench, train_gpt.fit_artifact, quantizer, head, config, limit,
+            lambda *line, told=told: told.append(line))
+        _, read = timed(bench, read_back, packed, config)
+        codes_of = {name: found[0] for name, found in quantizer.codes_at(multiplier).items()}
+        bench.tell("packing", codec=coder, seconds=seconds, passes=len(told), bytes=len(packed),
+                   limit_bytes=limit, over_entropy=over_entropy(packed, codes_of),
+                   read_seconds=read)
 
 
 def candidates(bench: Bench):

@@ -456,6 +456,15 @@ def test_differing_explicit_setting_of_an_earlier_stage_is_an_error_naming_setti
     assert "8192" in found["VOCAB_SIZE=1024"]
 
 
+def test_a_file_without_a_setting_its_stage_consumed_is_refused():
+    """An artifact of a script that did not know TRELLIS must not be read as if it had used it."""
+    header = header_of()
+    del header["config"]["trellis"]
+    with pytest.raises(ConfigError, match="lacks trellis; use the train_gpt.py that wrote it"):
+        train_gpt.adopt(load_config({}), header, "evaluate", ORIGIN)
+    assert train_gpt.adopt(load_config({}), header, "quantize", ORIGIN).trellis
+
+
 def test_adopting_twice_changes_nothing_more():
     header = header_of(PRESET="demo")
     once = train_gpt.adopt(load_config(dict(EVAL_STRIDE="32")), header, "evaluate", ORIGIN)
