@@ -15,8 +15,9 @@ The alternatives were measured on a script of 160 kB, stripped to 104 kB: brotli
 31.9 kB, bz2 31.8 kB; with the commonest words as single bytes first, brotli 29.7 kB. On one of 218
 kB, stripped to 137 kB, that was 39.1 kB, and a context-mixing coder (14 contexts over 1,141 word
 pieces, its decoder in the loader) would have made 33.8 kB, for 10 s of decoding at every start.
-brotli is a requirement of the script in any case. As a latin-1 string its bytes grow by 1.2 %, in base85 by
-25 %; a zip archive behind the loader would not grow but can be neither compiled nor imported.
+brotli is a requirement of the script in any case. As a latin-1 string its bytes grow by 1.2 %, in
+base85 by 25 %; a zip archive behind the loader would not grow but can be neither compiled nor
+imported.
 """
 
 from __future__ import annotations
