@@ -159,7 +159,7 @@ def equal_gap_share(rows: list[dict]) -> float | None:
     """
     bytes_of = {row["name"]: row["bytes"] for row in rows}
     points = sorted((row["bytes"] / bytes_of["yardstick"], math.log(row["kl_ratio"]))
-                    for row in rows if row["settings"] in ("", "@0.8", "@0.7"))
+                    for row in rows if row["settings"] == "" or row["settings"][0] == "@")
     for (low, worse), (high, better) in zip(points, points[1:]):
         if better <= 0 <= worse:
             return low + (high - low) * worse / (worse - better)
@@ -224,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         bench.config = bench.config_of({})
         bench.calibrate()
     print(f"{bench.count} targets, unquantised {bench.nats / math.log(2) / bench.bytes:.4f} bpb")
-    rows = [(text or "default", text) for text in options.sets] or TABLE[1:]
+    names = {settings.strip(): name for name, settings in TABLE}
+    rows = [(names.get(text.strip(), text), text) for text in options.sets] or TABLE[1:]
     yardstick, first = None, ("yardstick", YARDSTICK)
     print(f"{'variant':34} {'bytes':>9} {'matrix':>6} {'embed':>6} {'KL':>9} {'x':>6} "
           f"{'dbpb':>8} {'x':>6} {'s':>5}", flush=True)

@@ -61,31 +61,33 @@ def test_every_part_is_timed(rows):
     assert [r["side"] for r in rows["gptq"]] == ["scalar", "trellis", "plain column loop"]
     for row in rows["packing"]:
         assert 0.99 * row["limit_bytes"] < row["bytes"] <= row["limit_bytes"]
-        assert 0.98 < row["over_entropy"] < 1.2
+        assert 0.8 < row["over_entropy"] < 1.2
 
 
 # ---- quantisers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quantisers_are_judged_at_equal_bytes(tiny_run, tiny_env, tmp_path, capsys):
     """On a run of the script: every line within the yardstick's bytes, then one table of all."""
     rows = tmp_path / "rows.jsonl"
     assert bench_quantize.main([
         str(tiny_run.folder), "--data", tiny_env["DATA_PATH"], "--tokenizer",
-        tiny_env["TOKENIZER_PATH"], "--tokens", "4096", "--rows", str(rows), "--calibrate",
-        "GPTQ_CALIBRATION_BATCHES=4", "--set", "", "--set", "TRELLIS=0", "--set", "ASYMMETRIC",
-        "--set", "@0.8", "--set", "@0.7"]) == 0
+        tiny_env["TOKENIZER_PATH"], "--tokens", "1024", "--rows", str(rows), "--calibrate",
+        "GPTQ_CALIBRATION_BATCHES=4", "--set", "", "--set", "TRELLIS=0", "--set",
+        "TRELLIS=0 ASYMMETRIC", "--set", "@0.9"]) == 0
     assert "yardstick" in capsys.readouterr().out
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert [row["name"] for row in found] == ["yardstick", "default", "TRELLIS=0", "ASYMMETRIC",
-                                              "@0.8", "@0.7"]
+    assert [row["name"] for row in found] == [
+        "yardstick", "+ trellis = default", "+ columns by water-filling", "TRELLIS=0 ASYMMETRIC",
+        "@0.9"]
     whole = found[0]["bytes"]
-    for row, share in zip(found[1:], (1, 1, 1, 0.8, 0.7), strict=True):
+    for row, share in zip(found[1:], (1, 1, 1, 0.9), strict=True):
         assert 0.99 * share * whole <= row["bytes"] <= share * whole
         assert row["kl"] > 0 and row["kl_ratio"] == pytest.approx(row["kl"] / found[0]["kl"])
     assert bench_quantize.main(["--summary", str(rows), str(rows)]) == 0
     table = capsys.readouterr().out
-    assert f"| TRELLIS=0 | {found[2]['bytes']:,} |" in table
+    assert f"| + columns by water-filling | {found[2]['bytes']:,} |" in table
     assert table.count(found[0]["weights_sha256"]) == 2
 
 

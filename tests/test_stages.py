@@ -18,6 +18,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import (
@@ -265,7 +266,7 @@ def test_a_model_that_does_not_fit_is_a_verdict_not_a_crash(tiny_run, tmp_path):
     over, fitting = re.search(r"(\d+) bytes too many; about (\d+) parameters", done.stdout).groups()
     assert int(over) == done.result["total_bytes"] - SCRIPT.stat().st_size - 20_000
     share = 20_000 / done.result["artifact_bytes"]
-    count = int(re.search(r"model_params:(\d+)", tiny_run.stdout)[1])
+    count = int(re.search(r"model_params:(\d+)", tiny_run.outcome.stdout)[1])
     assert int(fitting) == int(count * share)
 
 
@@ -335,7 +336,8 @@ def test_reloaded_logits_equal_those_in_memory_bit_for_bit(tiny_run, tiny_data, 
                 code, rows, columns = codes[name]
                 table = torch.tensor([2.0 ** (c / 8) for c in range(-128, 128)])
                 steps = done.result["multiplier"] * table[rows.long() + 128]
-                p.copy_(code.float() * steps[:, None] * table[columns.long() + 128])
+                levels = [plain.trellis_levels(column) for column in code.T.tolist()]
+                p.copy_(torch.tensor(levels).T * steps[:, None] * table[columns.long() + 128])
             else:
                 p.copy_(weights[name].to(train_gpt.DTYPES[quantizer.storage[name]]).float())
     layout = train_gpt.plan_layout(tuple(header["order"]), config.num_layers,
