@@ -2499,12 +2499,19 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
 
     estimate_at(multiplier) -> bytes, cheap and falling; pack_at(multiplier) -> bytes object, the
     real coder; report(multiplier, estimate, packed_bytes) is told of each packing. Bisects the
-    estimate, then corrects it by the ratio the real coder showed, until at most 0.1 % is unused.
+    estimate, corrected by the ratio the real coder showed, then the real sizes once one is over and
+    one within the limit, until at most 0.1 % is unused.
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
-    estimates, best, target = {}, None, float(limit_bytes)
+    estimates, best, seen, target = {}, None, {}, float(limit_bytes)
     for _ in range(20):  # two or three do, but sizes of tiny models jump about
-        multiplier = solve_estimate(estimate_at, target, estimates)
+        if len(seen) < 2:
+            multiplier = solve_estimate(estimate_at, target, estimates)
+        else:
+            (fine, more), (coarse, fewer) = seen[False], seen[True]
+            share = (more - 0.9996 * limit_bytes) / (more - fewer)
+            multiplier = fine * (coarse / fine) ** share
+            estimates[multiplier] = estimate_at(multiplier)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
         fits = len(packed) <= limit_bytes
@@ -2513,6 +2520,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
         at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
         if at_end or (fits and len(packed) >= 0.999 * limit_bytes):
             return multiplier, packed
+        seen[fits] = multiplier, len(packed)
         target = estimates[multiplier] * 0.9996 * limit_bytes / len(packed)
     return best or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
 
