@@ -188,7 +188,7 @@ def summary(seeds: list[list[dict]]) -> str:
     lines.append("")
     for rows in seeds:
         share, first = equal_gap_share(rows), rows[0]
-        gap = f"{100 * share:.1f} % of the bytes" if share else "bytes outside what was tried"
+        gap = f"{100 * share:.1f} % of the bytes" if share else "bytes that were not tried"
         lines.append(f"- weights {first['weights_sha256']}: {first['bpb']:.4f} bpb unquantised, "
                      f"{first['tokens']:,} targets; default as good as the yardstick at {gap}")
     return "\n".join(lines)
