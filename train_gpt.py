@@ -2452,7 +2452,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
 
     A weight's step is its row's times its column's (1 where none are given). Weights and factors
     share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is
-    contiguous. Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
+    contiguous. trellis: codes depend on each other down a column, and max_code does not apply.
+    Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
     count, rows, columns = w_NRC.shape
     order = factors.order_NC[:, :, None].expand(count, columns, rows)
@@ -2825,13 +2826,13 @@ class Quantizer:
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
-        scaled = w / steps[:, :, None] / columns[:, None, :]
         if solved and spec.gptq:
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns, self.config.uses_trellis)
-        elif solved and self.config.uses_trellis:
-            codes = torch.stack([trellis_codes(one.T)[0].T for one in scaled])
-        else:
-            codes = scaled.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)
+            return codes, rows, group.columns_NC
+        codes = w / steps[:, :, None] / columns[:, None, :]
+        if solved and self.config.uses_trellis:
+            codes = torch.stack([trellis_codes(one.T)[0].T for one in codes])
+        codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)  # a trellis's are whole already
         return codes.to(torch.int8), rows, group.columns_NC
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
