@@ -1586,7 +1586,12 @@ def tokenizer_faults(config: Config) -> list[str]:
 # == 4 Kernels: one fast form, one plain form per operation =======================================
 
 def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """Causal grouped attention (B, T, H, K) through PyTorch's scaled_dot_product_attention."""
+    """Causal grouped attention (B, T, H, K) through PyTorch's scaled_dot_product_attention.
+
+    Like every attention here it takes queries of the last positions alone as well.
+    """
+    if q_BTHK.shape[1] < k_BTGK.shape[1]:  # few of them: SDPA's causal mask is aligned to the first
+        return attention_math(q_BTHK, k_BTGK, v_BTGK)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
@@ -1598,7 +1603,8 @@ def windowed_attention(window: int):
     Positions are cut into blocks of `window`: each attends to its own block and the one before.
     """
     def attention_windowed(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        batch, length, *_ = q_BTHK.shape
+        (batch, length, *_), queries = k_BTGK.shape, q_BTHK.shape[1]
+        q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, length - queries, 0))
         blocks = -(-length // window)
         fill = 0, 0, 0, 0, 0, blocks * window - length
         q, k, v = (F.pad(x, fill).unflatten(1, (blocks, window)) for x in (q_BTHK, k_BTGK, v_BTGK))
@@ -1611,7 +1617,8 @@ def windowed_attention(window: int):
         sees = near & ((j >= window) | ~first[:, None, None])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None],
                                              enable_gqa=q.shape[1] != k.shape[1])
-        return out.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)[:, :length]
+        out = out.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)
+        return out[:, length - queries:length]
     return attention_windowed
 
 
@@ -1628,7 +1635,8 @@ def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2).float() for x in (q_BTHK, k_BTGK, v_BTGK))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    keep = keep.tril(k.shape[2] - q.shape[2])
     return (scores.masked_fill(~keep, -math.inf).softmax(-1) @ v).transpose(1, 2).to(q_BTHK.dtype)
 
 
@@ -1654,8 +1662,8 @@ def find_fa3():
 def attention_error(function, context, head_shape: tuple[int, int, int], device, dtype) -> float:
     """Return the largest error of an attention function against the plain one, both directions.
 
-    head_shape: (query heads, key/value heads, width). Errors of output and gradients are relative
-    to the largest value. Raises what the backend raises where it cannot run.
+    head_shape: (query heads, key/value heads, width). Errors of output, of the last queries alone
+    and of gradients are relative to the largest value. Raises what a backend that cannot run does.
     """
     heads, kv_heads, width = head_shape
     generator = torch.Generator().manual_seed(0)
@@ -1664,9 +1672,9 @@ def attention_error(function, context, head_shape: tuple[int, int, int], device,
     for attend, scope in ((function, context), (attention_math, contextlib.nullcontext())):
         inputs = [x.to(device, dtype).requires_grad_() for x in base]
         with scope:
-            out = attend(*inputs)
+            out, tail = attend(*inputs), attend(inputs[0][:, -32:], *inputs[1:])
             grads = torch.autograd.grad(out.float().square().sum(), inputs)
-        results.append([out.detach().float(), *(grad.float() for grad in grads)])
+        results.append([x.detach().float() for x in (out, tail, *grads)])
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
     return torch.stack(errors).max().item()  # a NaN stays one, and is above any tolerance
 
@@ -1830,13 +1838,13 @@ class Attention(nn.Module):
         excludes = layer >= config.num_layers - config.xsa_last_n
         self.exclude_self = exclude_self if excludes else lambda out, v: out
 
-    def forward(self, x_BTD: Tensor, rotary, value_BTE: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary, value_BTE: Tensor | None, last: slice) -> Tensor:
         v = self.v(x_BTD) if value_BTE is None else self.v(x_BTD) + value_BTE
-        q = self.q(x_BTD).unflatten(-1, (self.heads, -1))
+        q = self.q(x_BTD[:, last]).unflatten(-1, (self.heads, -1))
         k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (self.k(x_BTD), v))
-        q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
-        q = q * self.q_gain.to(q.dtype)[:, None]
-        out = self.exclude_self(self.attend(q, k, v), v)
+        q = rotate(rms_norm(q), *(table[last] for table in rotary))
+        q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *rotary)
+        out = self.exclude_self(self.attend(q, k, v), v[:, last])
         return self.out(out.flatten(2).to(x_BTD.dtype))
 
 
@@ -1871,11 +1879,12 @@ class Block(nn.Module):
         self.resid_mix = parameter(2, config.model_dim, role=Role.CONTROL)
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
-    def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None) -> Tensor:
+    def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None,
+                       last=slice(None)) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(x) * self.norm_scale, rotary, value)
-        return x + self.attn_scale.to(x.dtype) * attended
+        attended = self.attn(rms_norm(x) * self.norm_scale, rotary, value, last)
+        return x[:, last] + self.attn_scale.to(x.dtype) * attended
 
     def mlp_half(self, x: Tensor) -> Tensor:
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
@@ -1951,7 +1960,8 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, layout: Layout, tail: int | None = None) -> Tensor:
         """Return the normed final hidden state (B, T, D), or its last `tail` positions (B, S, D).
 
-        The MLP lane never reads another position, so with `tail` it is cut at the split already.
+        The MLP lane never reads another position, so with `tail` it is cut at the split already;
+        what follows the last keys and values is cut in the last layer.
         """
         x = x0 = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
         value = None if self.ve is None else self.ve(tokens_BT, x.dtype)
@@ -1966,12 +1976,12 @@ class GPT(nn.Module):
             if step == layout.lanes_from:
                 mlp_lane = x[:, last]
             block: Any = self.blocks[layer]
-            x = block.attention_half(x, x0, rotary, self.layer_value(layer, value))
+            x = block.attention_half(x, x0, rotary, self.layer_value(layer, value),
+                                     last if step == len(layout.order) - 1 else slice(None))
             if mlp_lane is None:
                 x = outputs[step] = block.mlp_half(x)
             else:
                 mlp_lane = block.mlp_half(mlp_lane)
-        x = x[:, last]
         if mlp_lane is not None:
             share = self.lane_merge.to(x.dtype)
             x = share * x + (1 - share) * mlp_lane

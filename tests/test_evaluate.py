@@ -282,6 +282,9 @@ def test_windowed_attention_equals_plain_attention_under_its_mask(batch, length,
     scores = scores.masked_fill(~((j <= i) & (j > i - window)), -math.inf)
     expected = torch.einsum("bhij,bjhk->bihk", scores.softmax(-1), spread[1])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    last = slice(length // 2, None)
+    alone = windowed_attention(window)(q[:, last], k, v)
+    torch.testing.assert_close(alone, expected[:, last], rtol=1e-4, atol=1e-5)
 
 
 def stream_model(config, windows=4):

@@ -114,11 +114,12 @@ def fused(x_BTHK: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return norm_turn(x_BTHK, gain_H.to(x_BTHK.dtype), cos, sin)
 
 
-def attention_forward(self, x_BTD, rotary, value_BTE):
+def attention_forward(self, x_BTD, rotary, value_BTE, last):
     """The script's Attention.forward with `fused` in it."""
     v = self.v(x_BTD) if value_BTE is None else self.v(x_BTD) + value_BTE
-    q = self.q(x_BTD).unflatten(-1, (self.heads, -1))
+    q = self.q(x_BTD[:, last]).unflatten(-1, (self.heads, -1))
     k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (self.k(x_BTD), v))
-    q, k = fused(q, self.q_gain, *rotary), fused(k, q.new_ones(self.kv_heads), *rotary)
-    out = self.exclude_self(self.attend(q, k, v), v)
+    q = fused(q, self.q_gain, *(table[last] for table in rotary))
+    k = fused(k, q.new_ones(self.kv_heads), *rotary)
+    out = self.exclude_self(self.attend(q, k, v), v[:, last])
     return self.out(out.flatten(2).to(x_BTD.dtype))
