@@ -158,7 +158,6 @@ class Config:
     knob = topic("calibration")
     gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
     gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
-    fisher_batches: int = knob(2, "of these also run backward, for STEP_RULE=fisher", 1, 10 ** 6)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
                               choices=("all", "first"))
 
@@ -196,12 +195,13 @@ class Config:
     embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
     column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
     trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher")
+    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1")
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
     scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
     scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0)
     fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
-    control_dtype: str = knob("float32", "storage of gains, scales, gates (PR #1471: float16)",
+    control_dtype: str = knob("float16", "storage of gains, scales, gates",
                               choices=("float32", "float16"))
     compressor: str = knob("rans", "coder of the codes", choices=("rans", "brotli", "lzma"))
     artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", 1, 1 << 40)
@@ -226,6 +226,7 @@ class Config:
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
     uses_trellis = property(lambda c: c.trellis and c.fisher_steps)
+    couples_rows = property(lambda c: c.couple_rows and c.uses_trellis and c.gptq_enabled)
     fisher_steps = property(lambda c: c.step_rule == "fisher" or (
         c.step_rule == "auto" and c.gptq_enabled and c.search_k))
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
@@ -279,7 +280,7 @@ PRESETS: dict[str, dict] = {
     "pr1471": dict(
         skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
         sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
-        control_dtype="float16", gptq_reserve_seconds=10.0, compressor="brotli"),
+        gptq_reserve_seconds=10.0, compressor="brotli"),
     # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
     # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
     "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
@@ -563,7 +564,8 @@ def notices(config: Config, env) -> list[str]:
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
                 lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
     idle = {"HESSIAN_RANKS GPTQ_CALIBRATION_BATCHES EMBED_GPTQ": config.gptq_enabled,
-            "FISHER_BATCHES ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS": config.fisher_steps,
+            "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS": config.fisher_steps,
+            "COUPLE_ROWS": config.uses_trellis and config.gptq_enabled,
             "SCALE_FLOOR SCALE_FLOOR_EMBED": not config.fisher_steps,
             "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
             "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
@@ -972,7 +974,7 @@ EVENTS = {
     "optimizer": "optimizer: {matrices} Muon matrices, {embeddings} embedding and {controls} "
                  "control tensors",
     "reserve": "gptq:reserving {reserve_seconds:.0f}s, effective={effective_ms:.0f}ms",
-    "reserve_measured": "gptq:calibration measured {batch_seconds:.3f}s a forward, {forwards} a "
+    "reserve_measured": "gptq:calibration measured {batch_seconds:.3f}s a batch, {batches} a "
                         "rank: reserve {reserve_seconds:.2f}s",
     "recurrence_plan": "recurrence: starts {text_when}; virtual_layers={order}",
     "warmup_step": "warmup_step: {step}/{steps}",
@@ -994,7 +996,7 @@ EVENTS = {
     "collecting": "GPTQ:collecting Hessians from calibration data...",
     "collected": "GPTQ:collected {hessians} Hessians in {seconds:.1f}s",
     "calibration_short": "warning: calibration stopped at the wallclock limit after {done} of "
-                         "{planned} forwards a rank",
+                         "{planned} batches a rank",
     "gptq_redamp": "warning: Hessian of {name} is not positive definite at damping 0.01; "
                    "raised to {damp:g}",
     "quantized": "GPTQ quantization: {gptq} layers with full GPTQ, {rounded} fallback to "
@@ -2320,11 +2322,12 @@ class Factors:
     damp_N: Tensor
 
 
-def factor_hessians(hessian_NCC: Tensor) -> Factors:
+def factor_hessians(hessian_NCC: Tensor, ordered: bool = True) -> Factors:
     """Return factors of Hessians, columns by descending diagonal, damped by 1 % of its mean.
 
-    Worked out in float64, returned in the Hessians' dtype. Damping rises tenfold for a matrix that
-    is not positive definite; raises ValueError after 100 %.
+    ordered False: columns stay where they are. Worked out in float64, returned in the Hessians'
+    dtype. Damping rises tenfold for a matrix that is not positive definite; raises ValueError after
+    100 %.
     Source: GPTQ (arXiv 2210.17323) with act-order.
     """
     hessian = hessian_NCC.to(torch.float64, copy=True)
@@ -2334,7 +2337,8 @@ def factor_hessians(hessian_NCC: Tensor) -> Factors:
     mean = diagonal.mean(dim=1, keepdim=True)
     damp = torch.full_like(mean, GPTQ_DAMP)
     diagonal.add_(damp * mean)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else (
+        torch.arange(hessian.shape[1], device=hessian.device).expand_as(diagonal))
     rows, columns = (order.unsqueeze(dim).expand_as(hessian) for dim in (2, 1))
     hessian = hessian.gather(1, rows).gather(2, columns)
     while True:
@@ -2382,15 +2386,43 @@ def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, fl
     return level - 0.5 * (mean.log2() + row_power * share), column_power * (spread - level)
 
 
+ROW_BLOCK = 24  # rows that are coded before their errors reach the rows below: a multiple of 3
+
+
+def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return what an error in each row costs (N, R) once later rows answer, and their answers.
+
+    outputs: mean g gT of the gradients of a matrix's outputs. By the Kronecker factors of the
+    Fisher information, an error E costs tr(outputs E inputs ET): GPTQ's feedback from column to
+    column has a twin from row to row. An answer (N, rows below, block) times a block's errors is
+    what the rows below take off. Sources: K-FAC (arXiv 1503.05671), two-sided feedback as in YAQA
+    (arXiv 2505.22988).
+    """
+    upper = factor_hessians(outputs_NRR.double(), ordered=False).upper_NCC
+    costs, answers = [], []
+    for block in torch.arange(upper.shape[1]).split(ROW_BLOCK):
+        start, end = int(block[0]), int(block[-1]) + 1
+        inverse = torch.linalg.inv(upper[:, start:end, start:end])
+        costs.append((inverse @ inverse.mT).diagonal(dim1=1, dim2=2))
+        answers.append((inverse @ upper[:, start:end, end:]).mT.to(outputs_NRR.dtype))
+    return torch.cat(costs, dim=1).to(outputs_NRR.dtype), answers
+
+
 # Dependent codes. A state, moved by the parity of each code down a column, says whether the next
 # code counts whole levels or those between (a code k is k or k - 1/2), so levels lie twice as dense
 # as the steps of one code. In any three codes exactly one path leads from each state to each other.
 TRELLIS = torch.tensor([[0, 2], [2, 0], [4, 6], [6, 4], [5, 7], [7, 5], [1, 3], [3, 1]])
 
 
-def path_rows(rows: int) -> int:
-    """Return after how many rows of a column a path starts anew: a multiple of 3, 258 at most."""
-    return min(258, -(-rows // 3) * 3)
+RATE_SHARE = 0.06  # of a step's square: about a trellis's mean squared error
+
+
+def path_rows(rows: int, columns: int) -> int:
+    """Return after how many rows of a column a path starts anew.
+
+    One path where rows may be coupled: one after another anyway. Tables take many side by side.
+    """
+    return rows if rows <= columns else min(rows, 258)
 
 
 def trellis_paths() -> Tensor:
@@ -2411,42 +2443,88 @@ def trellis_paths() -> Tensor:
 TRELLIS_PATHS = trellis_paths()
 
 
-def trellis_codes(x_NR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and levels (N, R) of the least squared error along the paths; x in steps.
+def best_paths(x_LP: Tensor, first_P: Tensor):
+    """Return the least squared errors (8, P) by paths' last states, and a function that traces.
 
+    x: what the codes of P columns stand for, in steps; NaN counts nothing; L a multiple of 3.
+    first: the states they start in. trace(last (E,), paths (E,)) -> codes and levels (L, E).
     Viterbi's algorithm, three codes at a time. Sources: trellis-coded quantisation (M. Marcellin,
     T. Fischer, IEEE Trans. Comm. 1990), Ungerboeck's 8-state code, the idea of VVC's dependent
     quantisation with levels between the whole ones in place of its doubled zero.
     """
-    (count, rows), length = x_NR.shape, path_rows(x_NR.shape[1])
-    x, inside = (F.pad(y, (0, -rows % length)).view(-1, length).T.contiguous()
-                 for y in (x_NR, torch.ones_like(x_NR)))
-    offset = torch.tensor([0.0, 1.0, -0.5, 0.5], dtype=x.dtype, device=x.device)[:, None]
-    nearest = x[:, None].clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
-    levels = 2 * ((nearest - offset) / 2).round() + offset  # (rows, 4 subsets, paths)
-    costs = ((levels - x[:, None]).square() * inside[:, None]).view(-1, 3, 4, x.shape[1])
-    paths = TRELLIS_PATHS.to(x.device)
-    first, second, third = (costs[:, i, paths[i].flatten()] for i in range(3))
-    costs = (first + second + third).view(-1, 8, 8, x.shape[1])
-    total = torch.full_like(costs[0, 0], math.inf)
-    total[0], origins = 0.0, []
+    offset = torch.tensor([0.0, 1.0, -0.5, 0.5], dtype=x_LP.dtype, device=x_LP.device)[:, None]
+    nearest = x_LP[:, None].clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
+    levels = 2 * ((nearest - offset) / 2).round() + offset  # (L, 4 subsets, P)
+    costs = (levels - x_LP[:, None]).square().nan_to_num(0.0).view(-1, 3, 4, x_LP.shape[1])
+    subsets = TRELLIS_PATHS.to(x_LP.device)
+    first, second, third = (costs[:, i, subsets[i].flatten()] for i in range(3))
+    costs = (first + second + third).view(-1, 8, 8, x_LP.shape[1])
+    total = torch.full_like(costs[0, 0], math.inf).scatter_(0, first_P[None], 0.0)
+    origins = []
     for cost in costs:
         total, origin = (total + cost).min(1)
         origins.append(origin)
-    path = [total.argmin(0)]
-    for origin in reversed(origins):
-        path.append(origin.gather(0, path[-1][None])[0])
-    states = torch.stack(path[::-1])
-    subsets = paths[:, states[1:], states[:-1]].transpose(0, 1).reshape(x.shape)
-    levels = levels.gather(1, subsets[:, None])[:, 0]
-    codes = levels + 0.5 * (subsets > 1)
-    codes, levels = (y.T.reshape(count, -1)[:, :rows] for y in (codes, levels))
+
+    def trace(last_E, paths_E):
+        states = [last_E]
+        for origin in reversed(origins):
+            states.append(origin[states[-1], paths_E])
+        to = torch.stack(states[::-1])
+        taken = subsets[:, to[1:], to[:-1]].transpose(0, 1).flatten(0, 1)
+        found = levels[:, :, paths_E].gather(1, taken[:, None])[:, 0]
+        return found + 0.5 * (taken > 1), found
+    return total, trace
+
+
+def trellis_codes(x_NR: Tensor, shrink_NR: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return codes and levels (N, R) of a column's best paths of `length` rows; x in steps.
+
+    shrink: factors just below 1, with which x is aimed at: levels nearer to zero cost fewer bits.
+    """
+    (count, rows), padded = x_NR.shape, -(-length // 3) * 3
+    x = F.pad(x_NR * shrink_NR, (0, -rows % length), value=math.nan).view(-1, length)
+    x = F.pad(x, (0, padded - length), value=math.nan).T.contiguous()
+    every = torch.arange(x.shape[1], device=x.device)
+    total, trace = best_paths(x, torch.zeros_like(every))
+    codes, levels = (y[:length].T.reshape(count, -1)[:, :rows]
+                     for y in trace(total.argmin(0), every))
+    return codes, levels
+
+
+def coupled_codes(x_NR: Tensor, shrink_NR: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return codes and levels (N, R) as `trellis_codes`, of one path whose rows are coupled.
+
+    answers: those of `couple_rows`, in steps. What a row aims at depends on the errors above it, so
+    each of the 8 states carries on its own best path and what that leaves (per-survivor processing;
+    R. Raheli, A. Polydoros, C. Tzou, IEEE Trans. Comm. 1995).
+    """
+    every = torch.arange(len(x_NR), device=x_NR.device)
+    states, all_states = every.new_zeros(1), torch.arange(8, device=x_NR.device)
+    left, total, blocks, start = x_NR[None], x_NR.new_zeros(1, len(x_NR)), [], 0
+    for answer in answers:
+        rows = answer.shape[2]
+        aims = (left[..., :rows] * shrink_NR[:, start:start + rows]).flatten(0, 1).T
+        aims = F.pad(aims, (0, 0, 0, -rows % 3), value=math.nan)
+        errors, trace = best_paths(aims, states.repeat_interleave(len(every)))
+        total, origin = (errors.view(8, len(states), -1) + total).min(1)
+        codes, levels = (y[:rows].T.view(8, len(every), rows) for y in trace(
+            all_states.repeat_interleave(len(every)), (origin * len(every) + every).flatten()))
+        left = left[origin, every]
+        errors = (left[..., :rows] - levels).permute(1, 2, 0)
+        left = left[..., rows:] - (answer @ errors).permute(2, 0, 1)
+        blocks.append((origin, codes, levels))
+        states, start = all_states, start + rows
+    state, parts = total.argmin(0), []
+    for origin, codes, levels in reversed(blocks):
+        parts.append((codes[state, every], levels[state, every]))
+        state = origin[state, every]
+    codes, levels = (torch.cat(part, dim=1) for part in zip(*reversed(parts)))
     return codes, levels
 
 
 def trellis_levels(codes_RC: Tensor) -> Tensor:
     """Return the levels (R, C), fp32, in steps, that int8 codes stand for on their paths."""
-    (rows, columns), length = codes_RC.shape, path_rows(len(codes_RC))
+    (rows, columns), length = codes_RC.shape, path_rows(*codes_RC.shape)
     codes = F.pad(codes_RC, (0, 0, 0, -rows % length)).view(-1, length, columns)
     levels, following = codes.float(), TRELLIS.flatten().to(codes.device)
     state = torch.zeros_like(codes[:, 0], dtype=torch.int64)
@@ -2457,12 +2535,13 @@ def trellis_levels(codes_RC: Tensor) -> Tensor:
 
 
 def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
-         columns_NC: Tensor | None = None, trellis: bool = False) -> Tensor:
+         columns_NC: Tensor | None = None, trellis: list[Tensor] | None = None) -> Tensor:
     """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
 
     A weight's step is its row's times its column's (1 where none are given). Weights and factors
     share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is
-    contiguous. trellis: codes depend on each other down a column, and max_code does not apply.
+    contiguous. trellis: codes depend on each other down a column, and max_code does not apply; the
+    answers of `couple_rows`, by which errors reach the rows below as well, or none.
     Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
     count, rows, columns = w_NRC.shape
@@ -2472,14 +2551,19 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
     codes = torch.empty_like(work, dtype=torch.int8)
+    mean_square = w_NRC.square().mean(dim=2).clamp_min(1e-30)
+    answers = [a * row_steps[:, None, b] / row_steps[:, b[-1] + 1:, None]  # in steps of a row
+               for a, b in zip(trellis or (), torch.arange(rows).split(ROW_BLOCK))]
     for start in range(0, columns, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, columns)
         errors = torch.empty_like(work[:, start:end])
         for j in range(start, end):
             steps = row_steps * scale[:, j, None]
             code = level = work[:, j] / steps
-            if trellis:
-                code, level = trellis_codes(level)
+            if trellis is not None:
+                shrink = 1 / (1 + RATE_SHARE * steps.square() / mean_square)
+                code, level = coupled_codes(level, shrink, answers) if answers else (
+                    trellis_codes(level, shrink, path_rows(rows, columns)))
             else:
                 code.round_().clamp_(-max_code, max_code)
             error = (work[:, j] - level * steps) / upper[:, j, j, None]
@@ -2727,31 +2811,28 @@ class Sensitivity:
     """What quantisation needs to know of each weight, by name.
 
     hessians: mean x xT of its inputs (C, C). fisher: mean squared gradient of its outputs (R,).
+    outputs: mean g gT of these gradients (R, R), for matrices whose rows are coupled.
     """
 
     hessians: dict[str, Tensor]
     fisher: dict[str, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 def sensitivity_of(stats: dict[str, Tensor], readers: dict[str, list[str]],
-                   weights: dict[str, Tensor], with_gradients: bool) -> Sensitivity:
-    """Return Sensitivity from a run's statistics: Hessians by observed module, gradients by weight.
+                   weights: dict[str, Tensor]) -> Sensitivity:
+    """Return Sensitivity from a run's statistics: by observed module, or already by weight.
 
-    A table that is looked up has no input: an error in a row costs as the table's output gradients
-    say, whose mean g gT takes the Hessian's place. The tied table is read both ways, so it has the
-    sum. Without gradients the value-embedding table has PᵀP of its projection P, as published.
+    Without gradients the value-embedding table has PᵀP of its projection P, as published.
     """
+    parts = {kind: {name.removeprefix(kind): value for name, value in stats.items()
+                    if name.startswith(kind)} for kind in ("inputs.", "fisher.", "outputs.")}
     hessians = {name: stats[observed] for observed, names in readers.items() for name in names}
-    fisher = {name.removeprefix("fisher."): value for name, value in stats.items()
-              if name.startswith("fisher.")}
-    for name, value in stats.items():
-        if with_gradients and name.startswith("gradient."):
-            name = name.removeprefix("gradient.")
-            hessians[name] = hessians.get(name, 0) + value
+    hessians |= parts["inputs."]
     if "ve.table.weight" in weights and "ve.table.weight" not in hessians:
         projection = weights.get("ve.proj.weight", torch.eye(weights["ve.table.weight"].shape[1]))
         hessians["ve.table.weight"] = projection.T @ projection
-    return Sensitivity(hessians, fisher)
+    return Sensitivity(hessians, parts["fisher."], parts["outputs."])
 
 
 @dataclass(frozen=True)
@@ -2759,12 +2840,15 @@ class Group:
     """Same-shape tensors of a kind that are quantised together.
 
     rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling; None under SDClip.
+    costs_NR, answers: of `couple_rows`, where rows are coupled.
     """
 
     names: list[str]
     kind: str
     w_NRC: Tensor
     factors: Factors | None
+    costs_NR: Tensor | None = None
+    answers: list[Tensor] = field(default_factory=list)
     rows_NR: Tensor | None = None
     columns_NC: Tensor | None = None
 
@@ -2793,7 +2877,10 @@ class Quantizer:
                                           .to(device))
                 damps = zip(names, factors.damp_N.tolist())
                 self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-            groups.append(Group(names, kind, stacked, factors))
+            coupling: Any = None, []
+            if config.couples_rows and solved and all(name in known.outputs for name in names):
+                coupling = couple_rows(torch.stack([known.outputs[n] for n in names]).to(device))
+            groups.append(Group(names, kind, stacked, factors, *coupling))
         self.groups = self.plan_steps(groups, known.fisher) if config.fisher_steps else groups
         self.order = [name for name, kind in self.storage.items() if kind in self.specs]
 
@@ -2802,9 +2889,11 @@ class Quantizer:
         powers = {"int6": self.config.row_power, "int8": self.config.embed_power}
         plans, offsets, weights = [], 0.0, 0
         for group in groups:
-            stacked = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
+            costs = group.costs_NR
+            if costs is None:
+                costs = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
             assert group.factors is not None
-            rows, columns = sensitive_steps(stacked, group.factors, (
+            rows, columns = sensitive_steps(costs, group.factors, (
                 powers[group.kind], self.config.column_power))
             spec = self.specs[group.kind]
             usual = (clip_radius(group.w_NRC, spec, 1.0) / spec.max_code).double().log2()
@@ -2837,11 +2926,13 @@ class Quantizer:
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
         if solved and spec.gptq:
-            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns, self.config.uses_trellis)
+            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
+                         group.answers if self.config.uses_trellis else None)
             return codes, rows, group.columns_NC
         codes = w / steps[:, :, None] / columns[:, None, :]
         if solved and self.config.uses_trellis:
-            codes = torch.stack([trellis_codes(one.T)[0].T for one in codes])
+            codes = torch.stack([trellis_codes(one.T, one.new_ones(1), path_rows(*one.shape))[0].T
+                                 for one in codes])
         codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)  # a trellis's are whole already
         return codes.to(torch.int8), rows, group.columns_NC
 
@@ -3428,35 +3519,50 @@ def collect_stats(model: GPT, layout: Layout, batches,
     return sums, tokens
 
 
+def outer(x: Tensor) -> Tensor:
+    """Return the sum of x xT (C, C), fp32, over all leading axes."""
+    flat = x.detach().flatten(0, -2).float()
+    return flat.T @ flat
+
+
+def watch_gradients(name: str, add, reads: Counter):
+    """Return a forward hook of weight `name`'s module that adds what `collect_fisher` says."""
+    def on_output(module, inputs, out):
+        def see(grad):
+            if isinstance(module, Embedding):
+                return add(f"inputs.{name}", outer(grad))
+            square = grad.detach().float().square()
+            mean = square.flatten(0, -2).mean(0).clamp_min(1e-30)
+            add(f"fisher.{name}", square.flatten(0, -2).sum(0))
+            weights = (square / mean).mean(-1, keepdim=True)
+            add(f"inputs.{name}", outer(inputs[0].float() * weights.sqrt()))
+            if grad.shape[-1] <= inputs[0].shape[-1]:
+                add(f"outputs.{name}", outer(grad))
+        reads[name] += 1
+        out.requires_grad_().register_hook(see)
+    return on_output
+
+
 def collect_fisher(model: GPT, layout: Layout, batches, names: list[str],
                    seed: int) -> tuple[dict[str, Tensor], int]:
-    """Return (sums over tokens of what quantisation errors in outputs cost, tokens), fp32.
+    """Return (sums over tokens of what quantisation errors cost, tokens), fp32, by weight.
 
-    names: weights. "fisher.<weight>": squared gradients of a matrix's outputs (R,), of the loss on
-    labels drawn from the model itself (the true Fisher information); of the head's, in closed form;
-    how often a looked-up row is read. "gradient.<table>": g gT of a table's outputs (C, C).
+    names: weights. Gradients g are of the loss on labels drawn from the model itself (the true
+    Fisher information). "fisher.": squared gradients of a matrix's outputs (R,); of the head's, in
+    closed form; how often a looked-up row is read. "inputs.": x xT (C, C), each token weighted by
+    its squared gradients over the batch's mean ones; of a table its outputs' g gT, and of the tied
+    one the head's x xT as well. "outputs.": g gT (R, R) of matrices no higher than wide.
     """
-    sums, tokens, handles, reads, batches = {}, 0, [], Counter(), list(batches)
+    sums, tokens, reads, batches = {}, 0, Counter(), list(batches)
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
     def add(name, value):
         sums[name] = sums[name] + value if name in sums else value
 
-    def watch(name, module):
-        def see(grad):
-            flat = grad.detach().flatten(0, -2).float()
-            if isinstance(module, Embedding):
-                add(f"gradient.{name}", flat.T @ flat)
-            else:
-                add(f"fisher.{name}", flat.square().sum(0))
-
-        def on_output(_, inputs, out):
-            reads[name] += 1
-            out.requires_grad_().register_hook(see)
-        handles.append(module.register_forward_hook(on_output))
-
-    for name in names:
-        watch(name, model.get_submodule(name.removesuffix(".weight")))
+    handles = [model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
+                   watch_gradients(name, add, reads)) for name in names]
+    handles.append(model.register_forward_hook(
+        lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
     model.requires_grad_(False)  # gradients of activations alone are wanted
     try:
         for tokens_BT in batches:
@@ -3476,16 +3582,17 @@ def collect_fisher(model: GPT, layout: Layout, batches, names: list[str],
         for handle in handles:
             handle.remove()
     # a layer that runs twice has both inputs in its Hessian: here the mean, lest both count twice
-    for name, count in reads.items():
-        if f"fisher.{name}" in sums and f"gradient.{name}" not in sums:
-            sums[f"fisher.{name}"] *= len(batches) / count
+    for kind, (name, count) in itertools.product(("fisher.", "outputs."), reads.items()):
+        if kind + name in sums:
+            sums[kind + name] *= len(batches) / count
     return sums, tokens
 
 
 class Calibration:
-    """Hessians of every matrix that GPTQ will quantise, from training windows, split over ranks.
+    """What quantisation needs to know of the weights, from training windows, split over ranks.
 
-    Under STEP_RULE=fisher also gradients, from the first FISHER_BATCHES.
+    Hessians of all inputs that GPTQ's matrices read; under STEP_RULE=fisher what `collect_fisher`
+    says of each weight.
     """
 
     FISHER_TOKENS = 16_384  # of a backward at most: it holds several copies of the logits
@@ -3495,18 +3602,17 @@ class Calibration:
         storage = plan_storage(model, config)
         self.readers = {name: kept for name, readers in model.input_groups().items()
                         if (kept := [reader for reader in readers if storage[reader] == "int6"])}
-        if config.embed_gptq or config.fisher_steps:
+        if config.embed_gptq:
             self.readers[HEAD_INPUT] = ["tok_emb.weight"]
+        self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
         self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
         most = config.micro_batch_tokens // config.train_seq_len
-        self.sequences = even_split(self.eighth, most)
-        self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
-        self.fisher_sequences = even_split(
-            self.eighth, min(most, max(1, self.FISHER_TOKENS // config.train_seq_len)))
-        self.forward_seconds = self.fisher_seconds = 0.0
+        if config.fisher_steps:
+            self.readers, most = {}, min(most, max(1, self.FISHER_TOKENS // config.train_seq_len))
+        self.sequences, self.batch_seconds = even_split(self.eighth, most), 0.0
 
     def shares(self) -> list[tuple[int, int]]:
-        """Return (position in the training order, count) of each forward of this rank."""
+        """Return (position in the training order, count) of each batch of this rank."""
         size, total = self.sequences, self.config.calibration_windows
         shares = [(at, min(size, total - at)) for at in range(0, total, size)]
         if self.config.hessian_ranks == "all":  # consecutive windows
@@ -3516,84 +3622,64 @@ class Calibration:
         return [(at // self.eighth * step + at % self.eighth, count) for at, count in shares
                 if self.runtime.rank == 0]
 
-    def forwards(self) -> int:
-        """Return the most forwards any rank makes."""
+    def batches(self) -> int:
+        """Return the most batches any rank reads."""
         return int(self.runtime.agree(len(self.shares())))
 
-    def fisher_shares(self) -> list[tuple[int, int]]:
-        """Return (position, count) of each backward of this rank; none under SDClip."""
-        size = self.fisher_sequences
-        total = min(self.config.fisher_batches * self.eighth, self.config.calibration_windows)
-        total *= self.config.fisher_steps
-        shares = [(at, min(size, total - at)) for at in range(0, total, size)]
-        return shares[self.runtime.rank::self.runtime.world_size]
+    def hessians(self) -> int:
+        """Return of how many weights the inputs are known in the end."""
+        return len(self.fisher_names) if self.config.fisher_steps else (
+            sum(map(len, self.readers.values())))
 
-    def fisher_sums(self, layout: Layout, windows: Tensor, position: int):
-        """Return the sums of one backward on windows (B, T + 1) of a position, and their tokens."""
-        return collect_fisher(self.model, layout, [windows[:, :-1]], self.fisher_names,
-                              self.config.seed + position)
+    def collect(self, layout: Layout, windows: Tensor, position: int):
+        """Return the sums of one batch of windows (B, T + 1) at a position, and its tokens."""
+        batches = [windows[:, :-1]]
+        if self.config.fisher_steps:
+            return collect_fisher(self.model, layout, batches, self.fisher_names,
+                                  self.config.seed + position)
+        return collect_stats(self.model, layout, batches, list(self.readers))
 
     def measure(self, layout: Layout, windows: Tensor):
-        """Time one forward and one backward on synthetic windows (B, T + 1)."""
-        def timed(work, *args):
+        """Time one batch of synthetic windows (B, T + 1)."""
+        for _ in range(2):  # the first one warms the library up
             self.runtime.synchronize()
             since = time.perf_counter()
-            work(*args)
+            self.collect(layout, windows, 0)
             self.runtime.synchronize()
-            return self.runtime.agree(time.perf_counter() - since)
-
-        for _ in range(2):  # the first one warms the library up
-            self.forward_seconds = timed(collect_stats, self.model, layout, [windows[:, :-1]],
-                                         list(self.readers))
-            if self.config.fisher_steps:
-                some = windows[:self.fisher_sequences]
-                self.fisher_seconds = timed(self.fisher_sums, layout, some, 0)
+            self.batch_seconds = self.runtime.agree(time.perf_counter() - since)
 
     def reserve_seconds(self) -> float:
         """Return the training time to keep: as measured, a fifth and a quarter second more."""
-        backwards = self.runtime.agree(len(self.fisher_shares()))
-        measured = self.forwards() * self.forward_seconds + backwards * self.fisher_seconds
-        return max(self.config.gptq_reserve_seconds, 1.2 * measured + 0.25)
+        return max(self.config.gptq_reserve_seconds,
+                   1.2 * self.batches() * self.batch_seconds + 0.25)
+
+    def empty_sums(self) -> dict[str, Tensor]:
+        """Return zeros for all that is collected, in one order of names on each rank."""
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name in self.fisher_names if self.config.fisher_steps else ():
+            rows, columns = self.model.get_parameter(name).shape
+            sizes |= {f"fisher.{name}": (rows,), f"inputs.{name}": (columns, columns)}
+            linear = isinstance(self.model.get_submodule(name.removesuffix(".weight")), Linear)
+            if linear and rows <= columns:
+                sizes[f"outputs.{name}"] = rows, rows
+        for name, readers in self.readers.items():
+            sizes[name] = 2 * self.model.get_parameter(readers[0]).shape[1:]
+        return {name: torch.zeros(size, device=self.runtime.device) for name, size in sizes.items()}
 
     def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
-        """Return mean Hessians by observed module, within what the wallclock limit leaves.
-
-        And before them, under STEP_RULE=fisher, what `collect_fisher` says of each weight.
-        """
-        shares, planned, sums, tokens = self.shares(), self.forwards(), {}, 0
-        fisher = self.run_fisher(layout, loader) if self.config.fisher_steps else {}
+        """Return means over the tokens of all ranks, within what the wallclock limit leaves."""
+        shares, planned, sums, tokens = self.shares(), self.batches(), self.empty_sums(), 0
         limit = self.config.max_wallclock_seconds
-        for name, readers in self.readers.items():
-            columns = self.model.get_parameter(readers[0]).shape[1]
-            sums[name] = torch.zeros(columns, columns, device=self.runtime.device)
         for done in range(planned):
             spent = self.runtime.agree(clock.training_seconds())
-            if limit and done and spent + 1.2 * self.forward_seconds > limit:
+            if limit and done and spent + 1.2 * self.batch_seconds > limit:
                 log.event("calibration_short", done=done, planned=planned)
                 break
             if done < len(shares):
-                windows = loader.read(*shares[done])[:, :-1]
-                found, count = collect_stats(self.model, layout, [windows], list(self.readers))
+                found, count = self.collect(layout, loader.read(*shares[done]), shares[done][0])
                 tokens += count
                 for name, value in found.items():
                     sums[name] += value
-        total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
-        means = {name: self.runtime.sum_(sums[name]) / total for name in self.readers}
-        return means | fisher
-
-    def run_fisher(self, layout: Layout, loader: Loader) -> dict[str, Tensor]:
-        """Return means over the tokens of all ranks, in one order of names on each."""
-        sums, tokens, device = {}, 0, self.runtime.device
-        for name in self.fisher_names:
-            module, rows = name.removesuffix(".weight"), self.model.get_parameter(name).shape
-            sums[f"fisher.{name}"] = torch.zeros(rows[0], device=device)
-            if isinstance(self.model.get_submodule(module), Embedding):
-                sums[f"gradient.{name}"] = torch.zeros(rows[1], rows[1], device=device)
-        for share in self.fisher_shares():
-            found, count = self.fisher_sums(layout, loader.read(*share), share[0])
-            tokens += count
-            for name, value in found.items():
-                sums[name] += value
         total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
         return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
 
@@ -4038,8 +4124,8 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
         windows = trainer.synthetic(calibration.sequences, config.train_seq_len)
         calibration.measure(trainer.recurrent_layout, windows)
         reserve = calibration.reserve_seconds()
-        log.event("reserve_measured", batch_seconds=calibration.forward_seconds,
-                  forwards=calibration.forwards(), reserve_seconds=reserve)
+        log.event("reserve_measured", batch_seconds=calibration.batch_seconds,
+                  batches=calibration.batches(), reserve_seconds=reserve)
         budget -= reserve
         if budget <= 0:
             raise ConfigError([f"MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}: calibration "
@@ -4057,7 +4143,7 @@ def calibrate(session: Session, calibration, layout: Layout, loader: Loader, hea
     log.event("collecting")
     with clock.span("calibrate"):
         hessians = calibration.run(layout, loader, clock, log)
-    log.event("collected", hessians=sum(len(readers) for readers in calibration.readers.values()),
+    log.event("collected", hessians=calibration.hessians(),
               seconds=clock.training_seconds() - before)
     with clock.span("write"):
         header = dict(header, kind="stats", readers=calibration.readers)
@@ -4086,9 +4172,10 @@ def quantize_files(session: Session) -> dict:
     if config.gptq_enabled:
         stats, means = read_tensors(origin := source.with_name(files.stats.name), "stats")
         try:
-            known = sensitivity_of(means, stats["readers"], weights, config.fisher_steps)
+            known = sensitivity_of(means, stats["readers"], weights)
             fit = all(h.shape == 2 * weights[name].shape[1:] for name, h in known.hessians.items())
             fit &= all(f.shape == weights[name].shape[:1] for name, f in known.fisher.items())
+            fit &= all(o.shape == 2 * weights[name].shape[:1] for name, o in known.outputs.items())
         except (KeyError, TypeError, RuntimeError):
             fit = False
         if not fit:
@@ -4097,7 +4184,9 @@ def quantize_files(session: Session) -> dict:
     storage = plan_storage(meta_model(config), config)
     if missing := [name for name, kind in storage.items() if kind in specs and (
             (specs[kind].gptq and name not in known.hessians)
-            or (config.fisher_steps and name not in known.fisher))]:
+            or (config.fisher_steps and name not in known.fisher)
+            or (config.couples_rows and kind == "int6" and name not in known.outputs
+                and len(weights[name]) <= weights[name].shape[1]))]:
         raise ConfigError([f"{source}: its statistics lack {', '.join(missing[:3])}: they are made "
                            "with another STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use those or "
                            "calibrate"])

@@ -34,7 +34,7 @@ import train_gpt as t  # noqa: E402
 AIM_WINDOWS = 256  # of training text, for asymmetric targets
 
 YARDSTICK = "STEP_RULE=sdclip SDCLIP_K=12.85 SDCLIP_K_EMBED=20 EMBED_GPTQ=0 COMPRESSOR=brotli"
-PLAIN = "TRELLIS=0 "
+PLAIN = "TRELLIS=0 UNWEIGHTED "
 TABLE = [  # at the yardstick's bytes; a number behind @ is a share of them
     ("yardstick", YARDSTICK),
     ("PR #1471's floors", YARDSTICK + " SCALE_FLOOR=0.03225806 SCALE_FLOOR_EMBED=0.00787402"),
@@ -43,7 +43,9 @@ TABLE = [  # at the yardstick's bytes; a number behind @ is a share of them
     ("+ embeddings by frequency", PLAIN + "ROW_POWER=0 COLUMN_POWER=0"),
     ("+ rows and tensors by Fisher", PLAIN + "COLUMN_POWER=0"),
     ("+ columns by water-filling", PLAIN),
-    ("+ trellis = default", ""),
+    ("+ tokens by their gradients", "TRELLIS=0"),
+    ("+ trellis", "COUPLE_ROWS=0"),
+    ("+ rows coupled = default", ""),
     ("default, asymmetric targets", "ASYMMETRIC"),
     ("default, columns full", "COLUMN_POWER=1"),
     ("default, columns alike", "COLUMN_POWER=0"),
@@ -62,8 +64,9 @@ class Bench:
     def __init__(self, folder: Path, env: dict, num_tokens: int):
         self.header, self.weights = t.read_tensors(folder / "final_model.weights", "weights")
         self.sha256 = hashlib.sha256((folder / "final_model.weights").read_bytes()).hexdigest()
-        self.stats_header, self.stats = t.read_tensors(folder / "final_model.stats", "stats")
-        self.env = env
+        header, stats = t.read_tensors(folder / "final_model.stats", "stats")
+        self.stats = dict.fromkeys(("fisher", "sdclip"), (stats, header["readers"]))
+        self.folder, self.env = folder, env
         self.config = self.config_of({})
         layouts = t.layouts_of(self.config)
         self.layout = next(x for x in layouts if list(x.order) == self.header["order"])
@@ -81,24 +84,39 @@ class Bench:
                             self.config.train_seq_len)
         return t.Loader(shards, self.config, t.Runtime({}, self.config))
 
-    def calibrate(self):
-        """Collect the statistics anew, from the training shards beside the validation text."""
-        model = t.GPT(self.config)
-        t.load_weights(model, self.weights)
-        calibration = t.Calibration(model, self.config, t.Runtime({}, self.config))
-        self.stats = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
-        self.stats_header = dict(readers=calibration.readers)
+    def calibrate(self, settings: str):
+        """Collect the statistics anew, as each rule does, or read those kept with the run."""
+        self.env |= parse_settings(settings)
+        for rule in self.stats:
+            kept = self.folder / f"bench.{rule}.stats"
+            header = dict(self.header, kind="stats", settings=settings, weights=self.sha256)
+            if kept.exists():
+                found, stats = t.read_tensors(kept, "stats")
+                if all(found[name] == header[name] for name in ("settings", "weights")):
+                    self.stats[rule] = stats, found["readers"]
+                    continue
+            config = self.config_of(dict(STEP_RULE=rule))
+            model = t.GPT(config)
+            t.load_weights(model, self.weights)
+            calibration = t.Calibration(model, config, t.Runtime({}, config))
+            stats = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
+            self.stats[rule] = stats, calibration.readers
+            t.write_tensors(kept, dict(header, readers=calibration.readers), stats)
 
     def aim(self, quantised):
         """Return (weights, statistics) with targets for the inputs that quantised weights give."""
-        readers = {module: names for module, names in self.stats_header["readers"].items()
-                   if module != t.HEAD_INPUT}
+        readers = self.matrix_readers()
         loader = self.loader()
         batches = [loader.read(at, 4)[:, :-1] for at in range(0, AIM_WINDOWS, 4)]
         moments = gptaq.paired_moments(t.GPT(self.config), self.weights, quantised, batches,
                                        self.layout, list(readers))
         weights, hessians = gptaq.asymmetric_targets(self.weights, moments, readers)
-        return weights, self.stats | hessians
+        return weights, {name: hessians[module] for module, names in readers.items()
+                         for name in names}
+
+    def matrix_readers(self) -> dict[str, list[str]]:
+        return {module: names for module, names in t.GPT(self.config).input_groups().items()
+                if self.weights[names[0]].numel() > self.config.fp16_max_numel}
 
     def config_of(self, changes: dict) -> t.Config:
         stored = t.stored_settings(self.header, Path("weights"))
@@ -125,19 +143,26 @@ class Bench:
             kl += (p.float().exp() * (p.float() - q.float())).sum().item()
         return kl / self.count, (self.nats_of(odds) - self.nats) / math.log(2) / self.bytes
 
-    def variant(self, changes: dict, limit_bytes: int, asymmetric: bool = False):
+    def variant(self, changes: dict, limit_bytes: int, markers: set[str]):
         """Quantise, pack, read back; return (bytes, bits a matrix weight, an embedding's, weights).
 
         limit_bytes counts the artifact alone; a given k ignores it.
         """
-        found = self.quantise(changes, limit_bytes, self.weights, self.stats)
-        if asymmetric:
+        hessians = {}
+        if "UNWEIGHTED" in markers:
+            stats, readers = self.stats["sdclip"]
+            hessians = {name: stats[module] for module, names in readers.items()
+                        for name in names if module != t.HEAD_INPUT}
+        found = self.quantise(changes, limit_bytes, self.weights, hessians)
+        if "ASYMMETRIC" in markers:
             found = self.quantise(changes, limit_bytes, *self.aim(found[-1]))
         return found
 
-    def quantise(self, changes: dict, limit_bytes: int, weights, stats):
+    def quantise(self, changes: dict, limit_bytes: int, weights, hessians):
         config = self.config_of(changes)
-        known = t.sensitivity_of(stats, self.stats_header["readers"], weights, config.fisher_steps)
+        stats, readers = self.stats["fisher" if config.fisher_steps else "sdclip"]
+        known = t.sensitivity_of(stats, readers, weights)
+        known.hessians.update(hessians)
         quantizer = t.Quantizer(weights, known, config, torch.device("cpu"))
         head = dict(self.header, kind="artifact", config=t.artifact_config(config))
         multiplier, packed = t.fit_artifact(quantizer, head, config, limit_bytes,
@@ -205,11 +230,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=500_000, help="validation targets")
     parser.add_argument("--set", action="append", default=[], dest="sets",
                         help="settings of one more variant, instead of the table; @0.8: at that "
-                             "share of the bytes, ASYMMETRIC: with candidates/gptaq.py")
+                             "share of the bytes, ASYMMETRIC: with candidates/gptaq.py, "
+                             "UNWEIGHTED: matrices' Hessians count all tokens alike")
     parser.add_argument("--bytes", type=int, help="file bytes of each variant (the yardstick's)")
     parser.add_argument("--calibrate", metavar="SETTINGS",
-                        help="collect the statistics anew with these settings, for example "
-                             "'TRAIN_BATCH_TOKENS=8192 GPTQ_CALIBRATION_BATCHES=256'")
+                        help="collect statistics for both step rules anew with these settings, "
+                             "for example 'TRAIN_BATCH_TOKENS=8192 GPTQ_CALIBRATION_BATCHES=256', "
+                             "or take those that a call with the same settings left in the folder; "
+                             "without it the run's own serve all variants")
     options = parser.parse_args(argv)
     if options.summary:
         print(summary([[json.loads(line) for line in path.read_text().splitlines()]
@@ -220,9 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     env = dict(DATA_PATH=options.data, TOKENIZER_PATH=options.tokenizer, DEVICE="cpu")
     bench = Bench(options.folder, env, options.tokens)
     if options.calibrate:
-        bench.env |= parse_settings(options.calibrate)
-        bench.config = bench.config_of({})
-        bench.calibrate()
+        bench.calibrate(options.calibrate)
     print(f"{bench.count} targets, unquantised {bench.nats / math.log(2) / bench.bytes:.4f} bpb")
     names = {settings.strip(): name for name, settings in TABLE}
     rows = [(names.get(text.strip(), text), text) for text in options.sets] or TABLE[1:]
@@ -233,8 +259,9 @@ def main(argv: list[str] | None = None) -> int:
         settings, _, share = text.partition("@")
         limit = int(float(share or 1) * (options.bytes or (yardstick or [1 << 30])[0]))
         since = time.perf_counter()
-        settings, marker, _ = settings.partition("ASYMMETRIC")
-        size, matrix, embed, weights = bench.variant(parse_settings(settings), limit, bool(marker))
+        markers = {word for word in settings.split() if "=" not in word}
+        changes = parse_settings(" ".join(set(settings.split()) - markers))
+        size, matrix, embed, weights = bench.variant(changes, limit, markers)
         seconds = time.perf_counter() - since
         kl, dbpb = bench.judge(weights)
         yardstick = yardstick or (size, kl, dbpb)

@@ -415,18 +415,26 @@ def artifact(bench: Bench):
     """From weights and Hessians to the artifact and back, at this model's shapes."""
     free(bench)
     generator, hessians = torch.Generator().manual_seed(0), {}
+    outputs: dict[str, torch.Tensor] = {}
     weights = {name: trained_like(p.shape, generator)
                for name, p in train_gpt.meta_model(bench.config).named_parameters()}
+
+    def moments(size):
+        x = torch.randn(2 * size, size, generator=generator)
+        x *= 2 ** torch.randn(size, generator=generator)
+        return x.T @ x / len(x)
+
     for name, weight in weights.items():
         if weight.ndim == 2:
-            inputs = torch.randn(2 * weight.shape[1], weight.shape[1], generator=generator)
-            inputs *= 2 ** torch.randn(weight.shape[1], generator=generator)
-            hessians[name] = inputs.T @ inputs / len(inputs)
+            hessians[name] = moments(weight.shape[1])
+            if len(weight) <= weight.shape[1]:
+                outputs[name] = moments(len(weight))
     fisher = {name: torch.rand(len(weights[name]), generator=generator) ** 2 for name in hessians}
-    known = train_gpt.Sensitivity(hessians, fisher)
+    known = train_gpt.Sensitivity(hessians, fisher, outputs)
     count = sum(w.numel() for w in weights.values())
-    for side, trellis in (("scalar", False), ("trellis", True)):
-        config = dataclasses.replace(bench.config, trellis=trellis)
+    for side, changes in (("scalar", dict(trellis=False)), ("trellis", dict(couple_rows=False)),
+                          ("coupled rows", {})):
+        config = dataclasses.replace(bench.config, **changes)
         quantizer, factor = timed(bench, train_gpt.Quantizer, weights, known, config, bench.device)
         _, codes = timed(bench, quantizer.codes_at, 1.0)
         bench.tell("gptq", side=side, factor_seconds=factor, codes_seconds=codes, weights=count)

@@ -377,7 +377,11 @@ def round_to_codes(x_R, max_code=31):
 
 # The registers (r1, r2, r3) of Ungerboeck's 8-state code with parity checks 13 and 04 (octal); r1
 # says whether levels lie between the whole numbers, the parity of a code enters the second.
-TRELLIS_ROWS = 258
+
+
+def trellis_rows(rows, columns):
+    """Return how many rows a path has: all where a matrix is no higher than wide, else 258."""
+    return rows if rows <= columns else 258
 
 
 def trellis_step(registers, code):
@@ -385,47 +389,85 @@ def trellis_step(registers, code):
     return r1 ^ r2, (code % 2) ^ r3, r1
 
 
-def trellis_levels(code_R):
+def trellis_levels(code_R, length=258):
     """Return the levels that a column of codes stands for, a list of floats."""
     levels, registers = [], (0, 0, 0)
     for row, code in enumerate(code_R):
-        if row % TRELLIS_ROWS == 0:
+        if row % length == 0:
             registers = (0, 0, 0)
         levels.append(code - 0.5 * registers[0])
         registers = trellis_step(registers, code)
     return levels
 
 
-def trellis_column(x_R):
-    """Return (codes, levels) of the least squared error: all states, one row after the other.
+def trellis_ways(x_R, registers, cost=0.0):
+    """Return end state -> (cost, codes, levels) of the least squared error from a start state.
 
     Each code is one of the two nearest of its parity, so no better one is left out.
     """
-    codes, levels = [], []
-    for start in range(0, len(x_R), TRELLIS_ROWS):
-        ways = {(0, 0, 0): (0.0, [], [])}
-        for x in x_R[start:start + TRELLIS_ROWS].tolist():
-            better = {}
-            for registers, (cost, before, values) in ways.items():
-                least = math.floor(x + 0.5 * registers[0]) - 1
-                for code in range(least, least + 4):
-                    level = code - 0.5 * registers[0]
-                    way = (cost + (level - x) ** 2, [*before, code], [*values, level])
-                    following = trellis_step(registers, code)
-                    if following not in better or way[0] < better[following][0]:
-                        better[following] = way
-            ways = better
-        _, some_codes, some_levels = min(ways.values(), key=lambda way: way[0])
-        codes, levels = codes + some_codes, levels + some_levels
-    return torch.tensor(codes, dtype=x_R.dtype), torch.tensor(levels, dtype=x_R.dtype)
+    ways = {registers: (cost, [], [])}
+    for x in x_R.tolist():
+        better = {}
+        for registers, (cost, before, values) in ways.items():
+            least = math.floor(x + 0.5 * registers[0]) - 1
+            for code in range(least, least + 4):
+                level = code - 0.5 * registers[0]
+                way = (cost + (level - x) ** 2, [*before, code], [*values, level])
+                following = trellis_step(registers, code)
+                if following not in better or way[0] < better[following][0]:
+                    better[following] = way
+        ways = better
+    return ways
 
 
-def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False):
+def best_way(ways):
+    """Return the (codes, levels) of the least cost, float64."""
+    _, *found = min(ways.values(), key=lambda way: way[0])
+    return tuple(torch.tensor(values, dtype=torch.float64) for values in found)
+
+
+def trellis_column(x_R, length=258):
+    """Return (codes, levels) of the least squared error, path by path of `length` rows."""
+    parts = [best_way(trellis_ways(part, (0, 0, 0))) for part in x_R.split(length)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+def coupled_column(x_R, shrink_R, outputs_RR, block):
+    """Return (codes, levels) of one path whose rows answer the errors of the blocks above.
+
+    outputs_RR: damped, in steps. Given the errors above, the rows from a block on aim at what makes
+    errorsT outputs errors least; every state keeps its own best path, since these differ in it.
+    """
+    ways = {(0, 0, 0): (0.0, [], [])}
+    for start in range(0, len(x_R), block):
+        better = {}
+        for registers, (cost, codes, levels) in ways.items():
+            errors_above = torch.tensor(levels, dtype=x_R.dtype) - x_R[:start]
+            answer = torch.linalg.solve(outputs_RR[start:, start:],
+                                        outputs_RR[start:, :start] @ errors_above)
+            aims = ((x_R[start:] - answer) * shrink_R[start:])[:block]
+            for following, way in trellis_ways(aims, registers, cost).items():
+                if following not in better or way[0] < better[following][0]:
+                    better[following] = (way[0], codes + way[1], levels + way[2])
+        ways = better
+    return best_way(ways)
+
+
+def damped(hessian_CC, damp=0.01):
+    """Return the Hessian with a share of its mean diagonal added to the diagonal."""
+    mean = torch.mean(torch.diagonal(hessian_CC))
+    return hessian_CC + damp * mean * torch.eye(len(hessian_CC), dtype=hessian_CC.dtype)
+
+
+def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False, outputs_RR=None,
+                 block=24, rate_share=0.06):
     """Return int8 codes (R, C) by GPTQ, one column at a time, no blocks.
 
     Columns are visited by descending Hessian diagonal (stable); the error of each is spread over
     the ones still to come. Columns whose diagonal is zero are dead: their codes are 0.
     damp: share of the mean diagonal (dead ones counted as 1) added to the diagonal.
+    trellis: codes of dependent quantisation, aimed a little nearer to zero than the weights; with
+    outputs_RR, mean g gT of the outputs' gradients, rows answer the errors of rows above.
     Raises torch.linalg.LinAlgError when the damped Hessian is not positive definite.
     Source: GPTQ (arXiv 2210.17323), as in PR #1471.
     """
@@ -435,9 +477,7 @@ def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False
         if hessian_CC[c, c] == 0:
             hessian[c, c] = 1
             w[:, c] = 0
-    hessian = hessian + damp * torch.mean(torch.diagonal(hessian)) * torch.eye(
-        columns, dtype=hessian.dtype, device=hessian.device
-    )
+    hessian = damped(hessian, damp)
     visit = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     w, hessian = w[:, visit], hessian[visit][:, visit]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
@@ -445,7 +485,15 @@ def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False
     codes_RC = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
     for j in range(columns):
         x_R = w[:, j] / step_R
-        code_R, level_R = trellis_column(x_R) if trellis else round_to_codes(x_R, max_code)
+        if trellis:
+            shrink_R = 1 / (1 + rate_share * step_R.square() / w_RC.square().mean(dim=1))
+            if outputs_RR is None:
+                code_R, level_R = trellis_column(x_R * shrink_R, trellis_rows(*w.shape))
+            else:
+                in_steps = step_R[:, None] * damped(outputs_RR, damp) * step_R
+                code_R, level_R = coupled_column(x_R, shrink_R, in_steps, block)
+        else:
+            code_R, level_R = round_to_codes(x_R, max_code)
         error_R = (w[:, j] - level_R * step_R) / upper[j, j]
         for later in range(j + 1, columns):
             w[:, later] = w[:, later] - error_R * upper[j, later]

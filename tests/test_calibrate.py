@@ -137,18 +137,24 @@ def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
 
 
 @pytest.mark.parametrize("env, matrices, observed", [
-    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45),
-    ({"EMBED_GPTQ": "0", "STEP_RULE": "sdclip"}, 66, 44),
+    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0"}, 66, 44),
     ({"FP16_MAX_NUMEL": "0"}, 68, 46), ({"FP16_MAX_NUMEL": "131072"}, 45, 45)])
 def test_published_counts_of_hessians(env, matrices, observed):
     """Four observed inputs a layer; q, k and v share one; the table reads the head's input."""
-    config = load_config(env)
-    readers = Calibration(meta_model(config), config, Rank()).readers
-    assert sum(map(len, readers.values())) == matrices
+    config = load_config(dict(env, STEP_RULE="sdclip"))
+    calibration = Calibration(meta_model(config), config, Rank())
+    readers = calibration.readers
+    assert sum(map(len, readers.values())) == matrices == calibration.hessians()
     assert len(readers) == observed
     assert (HEAD_INPUT in readers) == config.embed_gptq
     names = [name for group in readers.values() for name in group]
     assert len(set(names)) == len(names)
+
+
+def test_the_record_knows_the_inputs_of_every_coded_weight():
+    config = load_config({})
+    calibration = Calibration(meta_model(config), config, Rank())
+    assert calibration.hessians() == 66 + 2 and not calibration.readers
 
 
 # ---- which windows -------------------------------------------------------------------------
@@ -169,8 +175,8 @@ def test_published_windows():
     record, published = load_config({}), load_config({"PRESET": "pr1471"})
     shares = [(config, rank) for config in (record, published) for rank in (0, 1)]
     shares = [Calibration(meta_model(c), c, Rank(rank, 8)).shares() for c, rank in shares]
-    assert shares[0] == [(384 * i, 48) for i in range(8)]
-    assert shares[1] == [(384 * i + 48, 48) for i in range(8)]
+    assert shares[0] == [(64 * i, 8) for i in range(48)]
+    assert shares[1] == [(64 * i + 8, 8) for i in range(48)]
     assert shares[2] == [(384 * i, 48) for i in range(64)] and shares[3] == []
 
 
@@ -230,10 +236,10 @@ class Seconds(Clock):
         return self.left.pop(0) if self.left else 0.0
 
 
-def collect(config, runtime, clock=None, log=None, forward_seconds=0.0):
+def collect(config, runtime, clock=None, log=None, batch_seconds=0.0):
     model = random_model(config)
     calibration = Calibration(model, config, runtime)
-    calibration.forward_seconds = forward_seconds
+    calibration.batch_seconds = batch_seconds
     layout = layouts_of(config)[1]
     return calibration.run(layout, Windows(), clock or Clock(), log or Log(False))
 
@@ -266,7 +272,7 @@ class Events(Log):
 def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
     """A forward takes one second; what was collected until then is averaged; one always runs."""
     config, log = toy_config(**BIG, max_wallclock_seconds=10.0), Events()
-    short = collect(config, Rank(), Seconds(*seconds), log, forward_seconds=1.0)
+    short = collect(config, Rank(), Seconds(*seconds), log, batch_seconds=1.0)
     (kind, fields), = log.seen
     assert kind == "calibration_short" and fields["done"] == done
     model, layout = random_model(config), layouts_of(config)[1]
@@ -279,17 +285,17 @@ def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
 
 def test_without_a_limit_calibration_is_never_cut():
     config, log = toy_config(**BIG), Events()
-    collect(config, Rank(), Seconds(*[1e6] * 50), log, forward_seconds=100.0)
+    collect(config, Rank(), Seconds(*[1e6] * 50), log, batch_seconds=100.0)
     assert not log.seen
 
 
 @pytest.mark.parametrize("world_size", (1, 3, 8))
-def test_the_reserve_covers_every_forward_of_the_busiest_rank(world_size):
+def test_the_reserve_covers_every_batch_of_the_busiest_rank(world_size):
     config = toy_config(**BIG)
 
     def reserve(runtime):
         calibration = Calibration(MODEL, config, runtime)
-        calibration.forward_seconds = 2.0
+        calibration.batch_seconds = 2.0
         return calibration.reserve_seconds(), len(calibration.shares())
 
     found = on_ranks(world_size, reserve)
@@ -308,13 +314,13 @@ def fisher_names(model):
 
 
 def slow_gradients(model, layout, tokens, labels):
-    """Return name -> [gradient of each use's output], from zeros added to the outputs."""
+    """Return name -> [(input, gradient of the output) of each use], by zeros added to outputs."""
     added, handles = {}, []
 
     def watch(name, module):
         def on_output(_, inputs, out):
             zero = torch.zeros_like(out, requires_grad=True)
-            added.setdefault(name, []).append(zero)
+            added.setdefault(name, []).append((inputs[0], zero))
             return out + zero
         handles.append(module.register_forward_hook(on_output))
     for name in fisher_names(model):
@@ -323,7 +329,9 @@ def slow_gradients(model, layout, tokens, labels):
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
-    return {name: [zero.grad.flatten(0, 1) for zero in zeros] for name, zeros in added.items()}
+    return {name: [(x.flatten(0, -2).detach(), zero.grad.flatten(0, 1)) if x.is_floating_point()
+                   else (None, zero.grad.flatten(0, 1)) for x, zero in uses]
+            for name, uses in added.items()}
 
 
 def test_fisher_information_equals_a_slow_gathering():
@@ -338,17 +346,29 @@ def test_fisher_information_equals_a_slow_gathering():
         odds = model.logits(tokens, layout).flatten(0, 1).softmax(-1)
     labels = torch.multinomial(odds, 1, generator=torch.Generator().manual_seed(7))[:, 0]
     slow = slow_gradients(model, layout, tokens, labels)
-    assert set(found) == {f"fisher.{name}" for name in names} | {
-        "gradient.tok_emb.weight", "gradient.ve.table.weight"}
+    expected = {}
     for name in names:
+        uses = slow[name]
         if name in ("tok_emb.weight", "ve.table.weight"):
-            (grads,) = slow[name]
-            torch.testing.assert_close(found[f"gradient.{name}"], grads.T @ grads, rtol=1e-4,
-                                       atol=1e-5)
+            ((_, grads),) = uses
+            expected[f"inputs.{name}"] = grads.T @ grads
             continue
-        uses = slow[name]  # a layer that runs twice: the mean of both
-        expected = sum(g.square().sum(0) for g in uses) / len(uses)
-        torch.testing.assert_close(found[f"fisher.{name}"], expected, rtol=1e-4, atol=1e-6)
+        # a layer that runs twice: the mean of both
+        expected[f"fisher.{name}"] = sum(g.square().sum(0) for _, g in uses) / len(uses)
+        squares = [(x, g.square(), g.square().mean(0).clamp_min(1e-30)) for x, g in uses]
+        weighted = [(x, (square / mean).mean(1)) for x, square, mean in squares]
+        expected[f"inputs.{name}"] = sum((x * w[:, None]).T @ x for x, w in weighted)
+        assert all(w.mean() <= 1.001 for _, w in weighted)
+        rows, columns = model.get_parameter(name).shape
+        if rows <= columns:
+            expected[f"outputs.{name}"] = sum(g.T @ g for _, g in uses) / len(uses)
+    with torch.no_grad():
+        hidden = model(tokens, layout).flatten(0, 1)
+    expected["inputs.tok_emb.weight"] += hidden.T @ hidden
+    assert set(found) == set(expected) | {"fisher.tok_emb.weight", "fisher.ve.table.weight"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6 * value.abs().max(),
+                                   msg=name)
     assert found["fisher.ve.table.weight"].tolist() == torch.bincount(
         tokens.flatten(), minlength=config.vocab_size).tolist()
 
@@ -371,9 +391,9 @@ def test_the_heads_information_is_the_expected_square_over_all_labels():
 
 @pytest.mark.parametrize("world_size", (2, 3))
 def test_fisher_information_is_the_same_on_any_number_of_ranks(world_size):
-    config = toy_config(**dict(BIG, step_rule="fisher"), fisher_batches=3)
+    config = toy_config(**dict(BIG, step_rule="fisher"))
     alone = collect(config, Rank())
-    assert len(calibration_of(config).fisher_shares()) == 9
+    assert len(calibration_of(config).shares()) == 15
     for means in on_ranks(world_size, lambda runtime: collect(config, runtime)):
         assert list(means) == list(alone)
         assert_same_stats(means, alone)

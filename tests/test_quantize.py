@@ -22,12 +22,14 @@ from train_gpt import (
     QuantSpec,
     Sensitivity,
     clip_radius,
+    couple_rows,
     dequantize,
     entropy_bytes,
     factor_hessians,
     fit_budget,
     gaussian_bits,
     gptq,
+    path_rows,
     round_to_nearest,
     sensitive_steps,
     solve_estimate,
@@ -80,7 +82,8 @@ def test_three_codes_lead_from_each_state_to_each_other_once():
 def test_the_trellis_decoder_inverts_the_encoder(rows, columns, spread, seed):
     """For any column lengths and scales, far outliers included; levels are near what was asked."""
     x = spread * torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed))
-    codes, levels = trellis_codes(x)
+    length = path_rows(rows, columns)
+    codes, levels = trellis_codes(x, torch.ones(1, 1), length)
     assert codes.shape == levels.shape == x.shape
     stored = codes.to(torch.int8)
     assert torch.equal(stored.float(), codes)
@@ -92,8 +95,10 @@ def test_the_trellis_decoder_inverts_the_encoder(rows, columns, spread, seed):
 @given(st.lists(st.integers(-127, 127), min_size=1, max_size=600))
 @settings(max_examples=60, deadline=None)
 def test_any_codes_stand_for_levels(codes):
-    found = trellis_levels(torch.tensor(codes, dtype=torch.int8)[:, None])[:, 0]
-    assert found.tolist() == plain.trellis_levels(codes)
+    column = torch.tensor(codes, dtype=torch.int8)[:, None]
+    assert trellis_levels(column)[:, 0].tolist() == plain.trellis_levels(codes)
+    wide = trellis_levels(column.expand(-1, len(codes)))[:, -1]
+    assert wide.tolist() == plain.trellis_levels(codes, len(codes))
 
 
 @pytest.mark.parametrize("rows", (1, 2, 3, 64, 257, 258, 259, 600))
@@ -101,24 +106,26 @@ def test_trellis_codes_have_the_least_error_there_is(rows):
     """Equal to the reference path by path in float64; ties have equal cost."""
     for spread in (0.2, 1.0, 8.0):
         x = spread * torch.randn(2, rows, dtype=torch.float64)
-        codes, levels = trellis_codes(x)
-        for i in range(2):
-            expected, expected_levels = plain.trellis_column(x[i])
-            least = (expected_levels - x[i]).square().sum()
-            torch.testing.assert_close((levels[i] - x[i]).square().sum(), least)
-            assert torch.equal(codes[i], expected)
+        for length in (258, rows):
+            codes, levels = trellis_codes(x, x.new_ones(1, 1), length)
+            for i in range(2):
+                expected, expected_levels = plain.trellis_column(x[i], length)
+                least = (expected_levels - x[i]).square().sum()
+                torch.testing.assert_close((levels[i] - x[i]).square().sum(), least)
+                assert torch.equal(codes[i], expected)
 
 
 def test_zeros_cost_nothing_and_stay_zeros():
-    codes, levels = trellis_codes(torch.zeros(3, 300))
-    assert not codes.any() and not levels.any()
+    for length in (258, 300):
+        codes, levels = trellis_codes(torch.zeros(3, 300), torch.ones(1, 1), length)
+        assert not codes.any() and not levels.any()
 
 
 def test_a_trellis_gains_most_of_a_decibel_at_equal_entropy():
     """Measured: 1.00 dB at 3.6 bits on Gaussian weights; 1.53 dB is the most any scheme can."""
     w = torch.randn(512, 516)
     rounded = (w / 0.35).round()
-    codes, levels = trellis_codes(w / 0.352)
+    codes, levels = trellis_codes(w / 0.352, torch.ones(1, 1), 258)
     assert entropy_bytes(codes.to(torch.int8)) <= 1.001 * entropy_bytes(rounded.to(torch.int8))
     gain = (0.35 * rounded - w).square().mean() / (0.352 * levels - w).square().mean()
     assert 0.9 < 10 * gain.log10() < 1.1
@@ -128,11 +135,57 @@ def test_gptq_with_a_trellis_equals_the_reference():
     w = 0.1 * torch.randn(2, 70, 150, dtype=torch.float64)
     hessians = torch.stack([hessian_of(150, 1000, (4,)) for _ in range(2)])
     steps = torch.stack([plain.row_scale(x, floor=0.0) for x in w])
-    found = gptq(w, factor_hessians(hessians), steps, 127, trellis=True)
+    found = gptq(w, factor_hessians(hessians), steps, 127, trellis=[])
     for i in range(2):
         expected = plain.gptq_columns(w[i], hessians[i], steps[i], trellis=True)
         assert torch.equal(found[i], expected)
         assert not found[i][:, 4].any()
+
+
+@pytest.mark.parametrize("rows", (1, 23, 24, 50, 73))
+def test_gptq_with_coupled_rows_equals_the_reference(rows):
+    w = 0.1 * torch.randn(2, rows, 80, dtype=torch.float64)
+    hessians = torch.stack([hessian_of(80, 1000, (4,)) for _ in range(2)])
+    outputs = torch.stack([hessian_of(rows, 1000, ()) for _ in range(2)])
+    steps = torch.stack([plain.row_scale(x, floor=0.0) for x in w])
+    costs, answers = couple_rows(outputs)
+    found = gptq(w, factor_hessians(hessians), steps, 127, trellis=answers)
+    for i in range(2):
+        expected = plain.gptq_columns(w[i], hessians[i], steps[i], trellis=True,
+                                      outputs_RR=outputs[i])
+        assert torch.equal(found[i], expected)
+        for start in range(0, rows, 24):  # what is left once the rows below do their best
+            rest, end = plain.damped(outputs[i])[start:, start:], min(24, rows - start)
+            left = rest[:end, :end] - rest[:end, end:] @ torch.linalg.solve(
+                rest[end:, end:], rest[end:, :end])
+            torch.testing.assert_close(costs[i, start:start + end], left.diagonal())
+
+
+def test_coupled_rows_lose_less_at_equal_entropy():
+    """By both factors of the Fisher information, on outputs and inputs as correlated as usual."""
+    w, rows, columns = torch.randn(1, 96, 128), 96, 128
+    mix = torch.randn(rows, rows) + 3 * torch.eye(rows)
+    outputs, hessian = (mix @ mix.T)[None], hessian_of(columns, 1000, ()).float()[None]
+    factors, losses = factor_hessians(hessian), []
+    for costs, answers in ((outputs.diagonal(dim1=1, dim2=2), []), couple_rows(outputs)):
+        rows_log2 = sensitive_steps(costs, factors, (1.0, 0.0))[0]
+        steps = 0.35 * 2 ** (rows_log2 - rows_log2.mean()).float()
+        codes = gptq(w, factors, steps, 127, trellis=answers)
+        error = dequantize(codes[0], steps[0], trellis=True) - w[0]
+        losses.append(((outputs[0] @ error @ hessian[0]) * error).sum())
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_codes_aimed_nearer_to_zero_cost_less_than_they_lose():
+    """At 2.4 bits: fewer bits by more than finer steps would cost for the same error."""
+    w = torch.randn(512, 516)
+    found = []
+    for step, share in ((0.8, 0.0), (0.8, 0.06)):
+        shrink = torch.full((1, 1), 1 / (1 + share * step ** 2))
+        codes, levels = trellis_codes(w / step, shrink, 258)
+        bits = 8 * entropy_bytes(codes.to(torch.int8)) / w.numel()
+        found.append(bits + 0.5 * (step * levels - w).square().mean().log2())
+    assert found[1] < found[0] - 0.02
 
 
 # ---- GPTQ ----------------------------------------------------------------------------------
