@@ -2342,7 +2342,7 @@ def factor_hessians(hessian_NCC: Tensor, ordered: bool = True) -> Factors:
     rows, columns = (order.unsqueeze(dim).expand_as(hessian) for dim in (2, 1))
     hessian = hessian.gather(1, rows).gather(2, columns)
     while True:
-        lower, info = torch.linalg.cholesky_ex(hessian)
+        lower, info = torch.linalg.cholesky_ex(hessian.flip(1, 2))
         failed = info > 0
         finite = torch.isfinite(hessian).all()
         if finite and not failed.any():
@@ -2353,7 +2353,9 @@ def factor_hessians(hessian_NCC: Tensor, ordered: bool = True) -> Factors:
         extra = torch.where(failed[:, None], 9 * damp, 0.0)
         hessian.diagonal(dim1=1, dim2=2).add_(extra * mean)
         damp += extra
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    # from behind, H = R RT with R upper: its inverse is the upper factor of H^-1
+    one = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+    upper = torch.linalg.solve_triangular(lower.flip(1, 2), one, upper=True)
     return Factors(order, upper.to(hessian_NCC.dtype), dead, damp[:, 0])
 
 

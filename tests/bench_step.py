@@ -342,36 +342,40 @@ def plain_sliding(bench: Bench, logits_of, text: train_gpt.Validation) -> float:
 
 
 def evaluation(bench: Bench):
-    """Sliding windows over a stretch of text: ours and the plain loop, which must agree."""
+    """Sliding windows over a stretch of text: ours and the plain loop, which must agree.
+
+    The first window is scored whole by both; what it alone takes is measured and taken off.
+    """
     free(bench)
     c, model = bench.config, bench.model()
-    batches = 32 // c.eval_batch_windows  # the first window is scored whole: let it weigh little
-    count = c.eval_seq_len + c.eval_stride * c.eval_batch_windows * batches
-    drawn = bench.windows(-(-count // c.train_seq_len))[:, :-1].flatten()[:count + 1]
-    tokens = drawn.cpu().numpy().astype(np.uint16)
-    count = len(tokens) - 1
-    text = train_gpt.Validation(tokens, np.ones(count, np.uint16), count, "table", count, count, "")
-    windows = c.eval_seq_len, c.eval_stride, c.eval_batch_windows
+    windows, batches = (c.eval_seq_len, c.eval_stride, c.eval_batch_windows), 8
+    further = c.eval_stride * c.eval_batch_windows * batches
+    drawn = bench.windows(-(-(c.eval_seq_len + further) // c.train_seq_len) + 1)
+    tokens = drawn.flatten().cpu().numpy().astype(np.uint16)
+    texts = {}
+    for name, count in (("first", c.eval_seq_len), ("all", c.eval_seq_len + further)):
+        texts[name] = train_gpt.Validation(tokens[:count + 1], np.ones(count, np.uint16), count,
+                                           "table", count, count, "")
     losses, logits = (bench.runtime.compile(f) for f in (model.token_losses, model.logits))
-    nats = {}
 
-    def ours():
-        found = train_gpt.score(lambda x, y: losses(x, y, bench.layouts["after"]), text, windows,
-                                bench.runtime)
-        nats["ours"] = found.nats
+    def ours(text):
+        return train_gpt.score(lambda x, y: losses(x, y, bench.layouts["after"]), text, windows,
+                               bench.runtime).nats
 
-    def obvious():
-        nats["plain"] = plain_sliding(bench, logits, text)
+    def obvious(text):
+        return plain_sliding(bench, logits, text)
 
-    for call in (ours, obvious):  # compile
-        call()
-    taken: dict[str, list[float]] = {"ours": [], "plain": []}
-    for _ in range(3):
-        for name, call in (("ours", ours), ("plain", obvious)):
-            taken[name].append(seconds_of(bench, call, 1))
+    sides = {"ours": ours, "plain": obvious}
+    nats = {name: call(texts["all"]) for name, call in sides.items()}  # and compile
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(5):
+        for name, call in sides.items():
+            spent = [seconds_of(bench, lambda text=text, call=call: call(text), 1)
+                     for text in texts.values()]
+            taken[name].append(spent[1] - spent[0])
     median = {name: statistics.median(spent) for name, spent in taken.items()}
     for name, seconds in median.items():
-        bench.tell("evaluation", side=name, scored_tokens_per_second=count / seconds,
+        bench.tell("evaluation", side=name, scored_tokens_per_second=further / seconds,
                    seconds=seconds, nats=nats[name])
     bench.tell("speedup", evaluation=median["plain"] / median["ours"],
                relative_difference=abs(nats["ours"] / nats["plain"] - 1))

@@ -23,7 +23,7 @@ out=$(cd "$1" && pwd) data=$2 tiny=${3:-}
 data=$(cd "$data" && pwd)
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-export PYTHONPATH="$root:$root/tests" PYTHONUNBUFFERED=1
+export PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 limit_seconds=530
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
