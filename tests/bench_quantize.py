@@ -89,10 +89,13 @@ class Bench:
         self.env |= parse_settings(settings)
         for rule in self.stats:
             kept = self.folder / f"bench.{rule}.stats"
-            header = dict(self.header, kind="stats", settings=settings, weights=self.sha256)
+            source = hashlib.sha256(Path(t.__file__).read_bytes()).hexdigest()
+            made = dict(settings=settings, data=self.env["DATA_PATH"], weights=self.sha256,
+                        source=source)
+            header = dict(self.header, kind="stats", **made)
             if kept.exists():
                 found, stats = t.read_tensors(kept, "stats")
-                if all(found[name] == header[name] for name in ("settings", "weights")):
+                if all(found.get(name) == value for name, value in made.items()):
                     self.stats[rule] = stats, found["readers"]
                     continue
             config = self.config_of(dict(STEP_RULE=rule))
@@ -151,6 +154,7 @@ class Bench:
         hessians = {}
         if "UNWEIGHTED" in markers:
             stats, readers = self.stats["sdclip"]
+            assert readers, "UNWEIGHTED needs --calibrate: this run's statistics have gradients"
             hessians = {name: stats[module] for module, names in readers.items()
                         for name in names if module != t.HEAD_INPUT}
         found = self.quantise(changes, limit_bytes, self.weights, hessians)
@@ -260,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = int(float(share or 1) * (options.bytes or (yardstick or [1 << 30])[0]))
         since = time.perf_counter()
         markers = {word for word in settings.split() if "=" not in word}
+        assert markers <= {"ASYMMETRIC", "UNWEIGHTED"}, f"no such marker: {markers}"
         changes = parse_settings(" ".join(set(settings.split()) - markers))
         size, matrix, embed, weights = bench.variant(changes, limit, markers)
         seconds = time.perf_counter() - since

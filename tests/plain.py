@@ -375,15 +375,13 @@ def round_to_codes(x_R, max_code=31):
     return code_R, code_R
 
 
-# The registers (r1, r2, r3) of Ungerboeck's 8-state code with parity checks 13 and 04 (octal); r1
-# says whether levels lie between the whole numbers, the parity of a code enters the second.
-
-
 def trellis_rows(rows, columns):
     """Return how many rows a path has: all where a matrix is no higher than wide, else 258."""
     return rows if rows <= columns else 258
 
 
+# The registers (r1, r2, r3) of Ungerboeck's 8-state code with parity checks 13 and 04 (octal); r1
+# says whether levels lie between the whole numbers, the parity of a code enters the second.
 def trellis_step(registers, code):
     r1, r2, r3 = registers
     return r1 ^ r2, (code % 2) ^ r3, r1

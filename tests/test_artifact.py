@@ -23,6 +23,7 @@ from train_gpt import (
     KNOBS,
     MULTIPLIER_RANGE,
     Clock,
+    ConfigError,
     ContainerError,
     Log,
     Quantizer,
@@ -338,8 +339,11 @@ def test_inspect_refuses_what_is_no_container(tmp_path, capsys):
 # ---- the header tells nothing of where and when --------------------------------------------
 
 
-def quantised_in(folder, run_id, monkeypatch):
-    """Run the quantising stage on files in a folder of its own; return the artifact's path."""
+def quantised_in(folder, run_id, monkeypatch, without=()):
+    """Run the quantising stage on files in a folder of its own; return the artifact's path.
+
+    without: statistics that are left out.
+    """
     folder.mkdir()
     monkeypatch.chdir(folder)
     config = toy_config(run_id=run_id, stage="quantize", artifact_max_bytes=code_bytes() + 18_000)
@@ -353,9 +357,17 @@ def quantised_in(folder, run_id, monkeypatch):
         if w.ndim == 2:
             stats |= {f"fisher.{name}": torch.ones(len(w)), f"inputs.{name}": torch.eye(w.shape[1]),
                       f"outputs.{name}": torch.eye(len(w))}
+    stats = {name: value for name, value in stats.items() if name not in without}
     write_tensors(files.stats, dict(header, kind="stats", readers={}), stats)
     quantize_files(Session(config, Rank(), Log(False), Clock(), files))
     return (folder / files.artifact).resolve()
+
+
+@pytest.mark.parametrize("name", ("fisher.tok_emb.weight", "inputs.ve.table.weight",
+                                  "outputs.blocks.3.attn.q.weight"))
+def test_statistics_that_lack_something_are_refused(tmp_path, monkeypatch, name):
+    with pytest.raises(ConfigError, match=f"statistics lack .*{name.split('.', 1)[1]}"):
+        quantised_in(tmp_path / "folder", "run", monkeypatch, without=(name,))
 
 
 def test_artifact_is_the_same_wherever_it_is_made(tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ def test_every_part_is_timed(rows):
     assert {r["side"] for r in rows["optimizer"]} == {"ours", "plain"}
     for kind, field in (("loader", "ms"), ("gptq", "codes_seconds"), ("packing", "seconds")):
         assert rows[kind][0][field] > 0
-    assert [r["side"] for r in rows["gptq"]] == ["scalar", "trellis", "plain column loop"]
+    assert [r["side"] for r in rows["gptq"]] == ["scalar", "trellis", "coupled rows",
+                                                  "plain column loop"]
     for row in rows["packing"]:
         assert 0.99 * row["limit_bytes"] < row["bytes"] <= row["limit_bytes"]
         assert 0.8 < row["over_entropy"] < 1.2
@@ -79,15 +80,15 @@ def test_quantisers_are_judged_at_equal_bytes(tiny_run, tiny_env, tmp_path, caps
     assert "yardstick" in capsys.readouterr().out
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["name"] for row in found] == [
-        "yardstick", "+ trellis = default", "+ columns by water-filling", "TRELLIS=0 ASYMMETRIC",
-        "@0.9"]
+        "yardstick", "+ rows coupled = default", "+ tokens by their gradients",
+        "TRELLIS=0 ASYMMETRIC", "@0.9"]
     whole = found[0]["bytes"]
     for row, share in zip(found[1:], (1, 1, 1, 0.9), strict=True):
         assert 0.99 * share * whole <= row["bytes"] <= share * whole
         assert row["kl"] > 0 and row["kl_ratio"] == pytest.approx(row["kl"] / found[0]["kl"])
     assert bench_quantize.main(["--summary", str(rows), str(rows)]) == 0
     table = capsys.readouterr().out
-    assert f"| + columns by water-filling | {found[2]['bytes']:,} |" in table
+    assert f"| + tokens by their gradients | {found[2]['bytes']:,} |" in table
     assert table.count(found[0]["weights_sha256"]) == 2
 
 

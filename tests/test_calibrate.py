@@ -270,7 +270,7 @@ class Events(Log):
 @pytest.mark.parametrize("seconds, done", [
     ((0.0, 5.0, 9.0), 2), ((0.0, 8.7, 8.7, 8.9), 3), ((99.0, 99.0), 1)])
 def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
-    """A forward takes one second; what was collected until then is averaged; one always runs."""
+    """A batch takes one second; what was collected until then is averaged; one always runs."""
     config, log = toy_config(**BIG, max_wallclock_seconds=10.0), Events()
     short = collect(config, Rank(), Seconds(*seconds), log, batch_seconds=1.0)
     (kind, fields), = log.seen
@@ -358,7 +358,6 @@ def test_fisher_information_equals_a_slow_gathering():
         squares = [(x, g.square(), g.square().mean(0).clamp_min(1e-30)) for x, g in uses]
         weighted = [(x, (square / mean).mean(1)) for x, square, mean in squares]
         expected[f"inputs.{name}"] = sum((x * w[:, None]).T @ x for x, w in weighted)
-        assert all(w.mean() <= 1.001 for _, w in weighted)
         rows, columns = model.get_parameter(name).shape
         if rows <= columns:
             expected[f"outputs.{name}"] = sum(g.T @ g for _, g in uses) / len(uses)

@@ -161,6 +161,18 @@ def test_gptq_with_coupled_rows_equals_the_reference(rows):
             torch.testing.assert_close(costs[i, start:start + end], left.diagonal())
 
 
+def test_a_row_without_gradients_changes_nothing_for_the_others():
+    """Gradients are small numbers, and a dead row's zero must not be taken for a large one."""
+    outputs = 1e-6 * torch.stack([hessian_of(30, 1000, ()) for _ in range(2)])
+    outputs[:, -1] = outputs[:, :, -1] = 0
+    costs, _ = couple_rows(outputs)
+    others, _ = couple_rows(outputs[:, :-1, :-1])
+    assert not costs[:, -1].any()
+    torch.testing.assert_close(costs[:, :-1], others, rtol=0.1, atol=0.0)
+    nothing, _ = couple_rows(torch.zeros(1, 30, 30))
+    assert not nothing.any()
+
+
 def test_coupled_rows_lose_less_at_equal_entropy():
     """By both factors of the Fisher information, on outputs and inputs as correlated as usual."""
     w, rows, columns = torch.randn(1, 96, 128), 96, 128
@@ -172,7 +184,8 @@ def test_coupled_rows_lose_less_at_equal_entropy():
         steps = 0.35 * 2 ** (rows_log2 - rows_log2.mean()).float()
         codes = gptq(w, factors, steps, 127, trellis=answers)
         error = dequantize(codes[0], steps[0], trellis=True) - w[0]
-        losses.append(((outputs[0] @ error @ hessian[0]) * error).sum())
+        bits = 8 * sum(map(entropy_bytes, codes[0])) / w.numel()  # a halved step costs one
+        losses.append(((outputs[0] @ error @ hessian[0]) * error).sum() * 4 ** bits)
     assert losses[1] < 0.9 * losses[0]
 
 
