@@ -2425,9 +2425,6 @@ def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, list[Tensor]]:
 TRELLIS = torch.tensor([[0, 2], [2, 0], [4, 6], [6, 4], [5, 7], [7, 5], [1, 3], [3, 1]])
 
 
-RATE_SHARE = 0.06  # of a step's square: about a trellis's mean squared error
-
-
 def couples(rows: int, columns: int) -> bool:
     """Return whether a matrix's rows are coupled: where they are more than columns, little is won.
 
@@ -2500,13 +2497,10 @@ def best_paths(x_LP: Tensor, first_P: Tensor):
     return total, trace
 
 
-def trellis_codes(x_NR: Tensor, shrink_NR: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return codes and levels (N, R) of a column's best paths of `length` rows; x in steps.
-
-    shrink: factors up to 1, with which x is aimed at: levels nearer to zero cost fewer bits.
-    """
+def trellis_codes(x_NR: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return codes and levels (N, R) of a column's best paths of `length` rows; x in steps."""
     (count, rows), padded = x_NR.shape, -(-length // 3) * 3
-    x = F.pad(x_NR * shrink_NR, (0, -rows % length), value=math.nan).view(-1, length)
+    x = F.pad(x_NR, (0, -rows % length), value=math.nan).view(-1, length)
     x = F.pad(x, (0, padded - length), value=math.nan).T.contiguous()
     every = torch.arange(x.shape[1], device=x.device)
     total, trace = best_paths(x, torch.zeros_like(every))
@@ -2515,7 +2509,7 @@ def trellis_codes(x_NR: Tensor, shrink_NR: Tensor, length: int) -> tuple[Tensor,
     return codes, levels
 
 
-def coupled_codes(x_NR: Tensor, shrink_NR: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
+def coupled_codes(x_NR: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return codes and levels (N, R) as `trellis_codes`, of one path whose rows are coupled.
 
     answers: those of `couple_rows`, in steps. What a row aims at depends on the errors above it, so
@@ -2524,11 +2518,10 @@ def coupled_codes(x_NR: Tensor, shrink_NR: Tensor, answers: list[Tensor]) -> tup
     """
     every = torch.arange(len(x_NR), device=x_NR.device)
     states, all_states = every.new_zeros(1), torch.arange(8, device=x_NR.device)
-    left, total, blocks, start = x_NR[None], x_NR.new_zeros(1, len(x_NR)), [], 0
+    left, total, blocks = x_NR[None], x_NR.new_zeros(1, len(x_NR)), []
     for answer in answers:
         rows = answer.shape[2]
-        aims = (left[..., :rows] * shrink_NR[:, start:start + rows]).flatten(0, 1).T
-        aims = F.pad(aims, (0, 0, 0, -rows % 3), value=math.nan)
+        aims = F.pad(left[..., :rows].flatten(0, 1).T, (0, 0, 0, -rows % 3), value=math.nan)
         errors, trace = best_paths(aims, states.repeat_interleave(len(every)))
         total, origin = (errors.view(8, len(states), -1) + total).min(1)
         codes, levels = (y[:rows].T.view(8, len(every), rows) for y in trace(
@@ -2537,7 +2530,7 @@ def coupled_codes(x_NR: Tensor, shrink_NR: Tensor, answers: list[Tensor]) -> tup
         errors = (left[..., :rows] - levels).permute(1, 2, 0)
         left = left[..., rows:] - (answer @ errors).permute(2, 0, 1)
         blocks.append((origin, codes, levels))
-        states, start = all_states, start + rows
+        states = all_states
     state, parts = total.argmin(0), []
     for origin, codes, levels in reversed(blocks):
         parts.append((codes[state, every], levels[state, every]))
@@ -2575,7 +2568,6 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
     codes = torch.empty_like(work, dtype=torch.int8)
-    mean_square = w_NRC.square().mean(dim=2).clamp_min(1e-30)
     answers = [a * row_steps[:, None, b] / row_steps[:, b[-1] + 1:, None]  # in steps of a row
                for a, b in zip(trellis or (), torch.arange(rows).split(ROW_BLOCK))]
     for start in range(0, columns, GPTQ_BLOCK):
@@ -2585,9 +2577,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
             steps = row_steps * scale[:, j, None]
             code = level = work[:, j] / steps
             if trellis is not None:
-                shrink = 1 / (1 + RATE_SHARE * steps.square() / mean_square)
-                code, level = coupled_codes(level, shrink, answers) if answers else (
-                    trellis_codes(level, shrink, path_rows(rows, columns)))
+                code, level = coupled_codes(level, answers) if answers else (
+                    trellis_codes(level, path_rows(rows, columns)))
             else:
                 code.round_().clamp_(-max_code, max_code)
             error = (work[:, j] - level * steps) / upper[:, j, j, None]
@@ -2969,7 +2960,7 @@ class Quantizer:
             return codes, rows, group.columns_NC
         codes = w / steps[:, :, None] / columns[:, None, :]
         if solved and self.config.uses_trellis:
-            codes = torch.stack([trellis_codes(one.T, one.new_ones(1), path_rows(*one.shape))[0].T
+            codes = torch.stack([trellis_codes(one.T, path_rows(*one.shape))[0].T
                                  for one in codes])
         codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)  # a trellis's are whole already
         return codes.to(torch.int8), rows, group.columns_NC

@@ -430,7 +430,7 @@ def trellis_column(x_R, length=258):
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def coupled_column(x_R, shrink_R, outputs_RR, block):
+def coupled_column(x_R, outputs_RR, block):
     """Return (codes, levels) of one path whose rows answer the errors of the blocks above.
 
     outputs_RR: damped, in steps. Given the errors above, the rows from a block on aim at what makes
@@ -443,7 +443,7 @@ def coupled_column(x_R, shrink_R, outputs_RR, block):
             errors_above = torch.tensor(levels, dtype=x_R.dtype) - x_R[:start]
             answer = torch.linalg.solve(outputs_RR[start:, start:],
                                         outputs_RR[start:, :start] @ errors_above)
-            aims = ((x_R[start:] - answer) * shrink_R[start:])[:block]
+            aims = (x_R[start:] - answer)[:block]
             for following, way in trellis_ways(aims, registers, cost).items():
                 if following not in better or way[0] < better[following][0]:
                     better[following] = (way[0], codes + way[1], levels + way[2])
@@ -458,14 +458,14 @@ def damped(hessian_CC, damp=0.01):
 
 
 def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False, outputs_RR=None,
-                 block=24, rate_share=0.06):
+                 block=24):
     """Return int8 codes (R, C) by GPTQ, one column at a time, no blocks.
 
     Columns are visited by descending Hessian diagonal (stable); the error of each is spread over
     the ones still to come. Columns whose diagonal is zero are dead: their codes are 0.
     damp: share of the mean diagonal (dead ones counted as 1) added to the diagonal.
-    trellis: codes of dependent quantisation, aimed a little nearer to zero than the weights; with
-    outputs_RR, mean g gT of the outputs' gradients, rows answer the errors of rows above.
+    trellis: codes of dependent quantisation; with outputs_RR, mean g gT of the outputs' gradients,
+    rows answer the errors of rows above.
     Raises torch.linalg.LinAlgError when the damped Hessian is not positive definite.
     Source: GPTQ (arXiv 2210.17323), as in PR #1471.
     """
@@ -484,12 +484,11 @@ def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False
     for j in range(columns):
         x_R = w[:, j] / step_R
         if trellis:
-            shrink_R = 1 / (1 + rate_share * step_R.square() / w_RC.square().mean(dim=1))
             if outputs_RR is None:
-                code_R, level_R = trellis_column(x_R * shrink_R, trellis_rows(*w.shape))
+                code_R, level_R = trellis_column(x_R, trellis_rows(*w.shape))
             else:
                 in_steps = step_R[:, None] * damped(outputs_RR, damp) * step_R
-                code_R, level_R = coupled_column(x_R, shrink_R, in_steps, block)
+                code_R, level_R = coupled_column(x_R, in_steps, block)
         else:
             code_R, level_R = round_to_codes(x_R, max_code)
         error_R = (w[:, j] - level_R * step_R) / upper[j, j]
