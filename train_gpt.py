@@ -1267,7 +1267,7 @@ def inspect_text(path: Path) -> str:
 MADE_BY: dict[str, type] = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
 HEADERS: dict[str, dict[str, type]] = dict(
     weights=dict(MADE_BY, steps=int), stats=dict(MADE_BY, readers=dict),
-    artifact=dict(MADE_BY, multiplier=float),
+    artifact=dict(MADE_BY, multiplier=float, coding=int),
     checkpoint=dict(order=list, step=int, training_seconds=float))
 
 
@@ -2394,34 +2394,35 @@ def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, fl
     return level - 0.5 * (mean.log2() + row_power * share), column_power * (spread - level)
 
 
-ROW_BLOCK = 24  # rows that are coded before their errors reach the rows below: a multiple of 3
-
-
-def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return what an error in each row costs (N, R) once later rows answer, and their answers.
+def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what an error in each row costs (N, R) once later rows answer, and answers (N, R, R).
 
     outputs: mean g gT of the gradients of a matrix's outputs. By the Kronecker factors of the
     Fisher information, an error E costs tr(outputs E inputs ET): GPTQ's feedback from column to
-    column has a twin from row to row. An answer (N, rows below, block) times a block's errors is
-    what the rows below take off. Sources: K-FAC (arXiv 1503.05671), two-sided feedback as in YAQA
-    (arXiv 2505.22988).
+    column has a twin from row to row. answers[n, r, s] times an error in row s is what row r takes
+    off; three rows are coded at once, so only rows below them answer. Sources: K-FAC (arXiv
+    1503.05671), two-sided feedback as in YAQA (arXiv 2505.22988).
     """
     # gradients are small: a row without any counts as 1, as a dead input does, against a mean of 1
     scale = outputs_NRR.double().diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)[:, None]
     factors = factor_hessians(outputs_NRR.double() / scale[:, None], ordered=False)
-    upper, costs, answers = factors.upper_NCC, [], []
-    for block in torch.arange(upper.shape[1]).split(ROW_BLOCK):
-        start, end = int(block[0]), int(block[-1]) + 1
-        inverse = torch.linalg.inv(upper[:, start:end, start:end])
-        costs.append((inverse @ inverse.mT).diagonal(dim1=1, dim2=2))
-        answers.append((inverse @ upper[:, start:end, end:]).mT.to(outputs_NRR.dtype))
-    cost = (scale * torch.cat(costs, dim=1)).masked_fill(factors.dead_NC, 0.0)
-    return cost.to(outputs_NRR.dtype), answers
+    count, rows = factors.dead_NC.shape
+    upper = torch.eye(rows + -rows % 3, dtype=scale.dtype, device=scale.device).repeat(count, 1, 1)
+    upper[:, :rows, :rows] = factors.upper_NCC
+    threes = upper.unfold(1, 3, 3).unfold(2, 3, 3).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
+    inverse = torch.linalg.inv(threes)
+    cost = inverse.square().sum(3).flatten(1)[:, :rows]
+    answers = (inverse @ upper.unflatten(1, (-1, 3))).flatten(1, 2)[:, :rows, :rows].mT
+    three = torch.arange(rows, device=scale.device) // 3
+    answers = answers.where(three[:, None] > three, 0.0)
+    cost = (scale * cost).masked_fill(factors.dead_NC, 0.0)
+    return cost.to(outputs_NRR.dtype), answers.to(outputs_NRR.dtype)
 
 
 # Dependent codes. A state, moved by the parity of each code down a column, says whether the next
 # code counts whole levels or those between (a code k is k or k - 1/2), so levels lie twice as dense
 # as the steps of one code. In any three codes exactly one path leads from each state to each other.
+# A path is a whole column.
 TRELLIS = torch.tensor([[0, 2], [2, 0], [4, 6], [6, 4], [5, 7], [7, 5], [1, 3], [3, 1]])
 
 
@@ -2431,14 +2432,6 @@ def couples(rows: int, columns: int) -> bool:
     Measured: 0.3 dB for the MLP's first matrix, 0.6 to 1.6 dB for the others, at a step a row.
     """
     return rows <= columns
-
-
-def path_rows(rows: int, columns: int) -> int:
-    """Return after how many rows of a column a path starts anew.
-
-    One path where rows may be coupled: one after another anyway. Others take many side by side.
-    """
-    return rows if couples(rows, columns) else min(rows, 258)
 
 
 def trellis_paths() -> Tensor:
@@ -2456,136 +2449,204 @@ def trellis_paths() -> Tensor:
     return paths
 
 
-TRELLIS_PATHS, TRELLIS_OFFSETS = trellis_paths(), torch.tensor([0.0, 1.0, -0.5, 0.5])
+UNCOUPLED = torch.empty(0)  # answers of rows that are not coupled
+SPAN = 48  # rows coded before the span above is decided: 0.5 % more error than no limit; 24: 1.9 %
 
 
 @functools.cache
-def trellis_tables(device, dtype) -> tuple[Tensor, Tensor]:
-    """Return the paths, and by how much each subset's levels are off even numbers (4, 1)."""
-    return TRELLIS_PATHS.to(device), TRELLIS_OFFSETS.to(device, dtype)[:, None]
+def trellis_choices(origins: int, device) -> Tensor:
+    """Return which of (3 rows, 4 subsets, origins) ways between states take, (3, 8 to * 8 from).
+
+    origins: 8 where each state has aims of its own, 1 where all share them.
+    """
+    choices = origins * trellis_paths() + torch.arange(8) % origins
+    return (choices + 4 * origins * torch.arange(3)[:, None, None]).flatten(1).to(device)
 
 
-def best_paths(x_LP: Tensor, first_P: Tensor):
-    """Return the least squared errors (8, P) by paths' last states, and a function that traces.
+def best_paths(aims: Tensor, total: Tensor, live: Tensor, inner: Tensor | None):
+    """Return levels and errors (2, L, 8, P, N) of the best way to each state, its cost, its origin.
 
-    x: what the codes of P columns stand for, in steps; NaN counts nothing; L a multiple of 3.
-    first: the states they start in. trace(last (E,), paths (E,)) -> codes and levels (L, E).
+    aims (L, 8 or 1, P, N): what codes stand for, in steps, by the state a path comes from; total
+    (8, P, N): what it has cost so far; live (L, 1, 1, P, 1): 0 where a row counts nothing. inner
+    (L, L, P, N): answers within the rows; as aims depend on the errors above, each state carries on
+    its own (per-survivor processing; R. Raheli, A. Polydoros, C. Tzou, IEEE Trans. Comm. 1995).
     Viterbi's algorithm, three codes at a time. Sources: trellis-coded quantisation (M. Marcellin,
     T. Fischer, IEEE Trans. Comm. 1990), Ungerboeck's 8-state code, the idea of VVC's dependent
     quantisation with levels between the whole ones in place of its doubled zero.
     """
-    subsets, offset = trellis_tables(x_LP.device, x_LP.dtype)
-    nearest = x_LP[:, None].clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
-    levels = 2 * ((nearest - offset) / 2).round() + offset  # (L, 4 subsets, P)
-    costs = (levels - x_LP[:, None]).square().nan_to_num(0.0).view(-1, 3, 4, x_LP.shape[1])
-    first, second, third = (costs[:, i, subsets[i].flatten()] for i in range(3))
-    costs = (first + second + third).view(-1, 8, 8, x_LP.shape[1])
-    total = torch.full_like(costs[0, 0], math.inf).scatter_(0, first_P[None], 0.0)
-    origins = []
-    for cost in costs:
-        total, origin = (total + cost).min(1)
-        origins.append(origin)
-
-    def trace(last_E, paths_E):
-        states = [last_E]
-        for origin in reversed(origins):
-            states.append(origin[states[-1], paths_E])
-        to = torch.stack(states[::-1])
-        taken = subsets[:, to[1:], to[:-1]].transpose(0, 1).flatten(0, 1)
-        found = levels[:, :, paths_E].gather(1, taken[:, None])[:, 0]
-        return found + 0.5 * (taken > 1), found
-    return total, trace
-
-
-def trellis_codes(x_NR: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return codes and levels (N, R) of a column's best paths of `length` rows; x in steps."""
-    (count, rows), padded = x_NR.shape, -(-length // 3) * 3
-    x = F.pad(x_NR, (0, -rows % length), value=math.nan).view(-1, length)
-    x = F.pad(x, (0, padded - length), value=math.nan).T.contiguous()
-    every = torch.arange(x.shape[1], device=x.device)
-    total, trace = best_paths(x, torch.zeros_like(every))
-    codes, levels = (y[:length].T.reshape(count, -1)[:, :rows]
-                     for y in trace(total.argmin(0), every))
-    return codes, levels
+    choices = trellis_choices(aims.shape[1], aims.device)
+    offset = aims.new_tensor([0.0, 1.0, -0.5, 0.5]).view(4, 1, 1, 1)
+    every = torch.arange(8, device=aims.device)[:, None, None]
+    turns, ways = [], []
+    for row in range(0, len(aims), 3):
+        aim, aims = aims[:3, None], aims[3:]
+        nearest = aim.clamp(2 - INT8_MAX_CODE, INT8_MAX_CODE - 2)
+        level = 2 * ((nearest - offset) / 2).round() + offset  # (3, 4 subsets, 8 or 1, P, N)
+        error = ((aim - level) * live[row:row + 3]).flatten(0, 2)
+        costs = error.square()[choices].sum(0).unflatten(0, (8, 8))
+        total, origin = (total + costs).min(1)
+        taken = choices[:, 8 * every + origin].flatten(0, 1)
+        way = torch.stack([x.gather(0, taken) for x in (level.flatten(0, 2), error)])
+        turns.append((origin, way := way.unflatten(1, (3, 8))))
+        if inner is not None:
+            aims = aims.gather(1, origin.expand(len(aims), -1, -1, -1)) - (
+                inner[row + 3:, row:row + 3, None] * way[1]).sum(1)
+    state = every.expand_as(total)
+    for origin, way in reversed(turns):
+        ways.append(way.gather(2, state.expand(2, 3, -1, -1, -1)))
+        state = origin.gather(0, state)
+    return torch.cat(ways[::-1], dim=1), total, state
 
 
-def coupled_codes(x_NR: Tensor, answers: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return codes and levels (N, R) as `trellis_codes`, of one path whose rows are coupled.
+class TrellisWave:
+    """GPTQ's feedback through columns in which codes depend on each other, and maybe rows.
 
-    answers: those of `couple_rows`, in steps. What a row aims at depends on the errors above it, so
-    each of the 8 states carries on its own best path and what that leaves (per-survivor processing;
-    R. Raheli, A. Polydoros, C. Tzou, IEEE Trans. Comm. 1995).
+    A span of a column is coded after the span above, which is decided then, and after the span
+    beside it in the column before is decided. So column c codes span s at time 2 c + s, many spans
+    at once: P pairs of a span and a column, N matrices. Even spans lie before odd ones and columns
+    from the last, so that those of a time are neighbours. Behind the rows is an empty span, which
+    decides the last and stands above the first.
     """
-    every = torch.arange(len(x_NR), device=x_NR.device)
-    states, all_states = every.new_zeros(1), torch.arange(8, device=x_NR.device)
-    left, total, blocks = x_NR[None], x_NR.new_zeros(1, len(x_NR)), []
-    for answer in answers:
-        rows = answer.shape[2]
-        aims = F.pad(left[..., :rows].flatten(0, 1).T, (0, 0, 0, -rows % 3), value=math.nan)
-        errors, trace = best_paths(aims, states.repeat_interleave(len(every)))
-        total, origin = (errors.view(8, len(states), -1) + total).min(1)
-        codes, levels = (y[:rows].T.view(8, len(every), rows) for y in trace(
-            all_states.repeat_interleave(len(every)), (origin * len(every) + every).flatten()))
-        left = left[origin, every]
-        errors = (left[..., :rows] - levels).permute(1, 2, 0)
-        left = left[..., rows:] - (answer @ errors).permute(2, 0, 1)
-        blocks.append((origin, codes, levels))
-        states = all_states
-    state, parts = total.argmin(0), []
-    for origin, codes, levels in reversed(blocks):
-        parts.append((codes[state, every], levels[state, every]))
-        state = origin[state, every]
-    codes, levels = (torch.cat(part, dim=1) for part in zip(*reversed(parts)))
-    return codes, levels
+
+    def __init__(self, work_NCR: Tensor, answers_NRR: Tensor | None):
+        self.rows = work_NCR.shape[2]
+        self.half = (-(-self.rows // SPAN) + 2) // 2
+        span = torch.arange(2 * self.half, device=work_NCR.device).view(-1, 2).T.flatten()
+        self.order, self.place = span, span.argsort()
+        self.above = self.place[span - 1]
+        live = self.in_spans(torch.ones_like(work_NCR[0, 0]))
+        self.live = live.T[:, None, None, :, None].contiguous()
+        self.answers = None
+        if answers_NRR is not None:
+            both = self.in_spans(self.in_spans(answers_NRR).permute(0, 2, 3, 1))
+            both = both.permute(3, 1, 0, 4, 2)  # (S rows, S columns, N, L rows, L columns)
+            every = torch.arange(len(span), device=span.device)
+            self.answers = (  # to spans decided, to the one above, within
+                both.permute(0, 2, 3, 1, 4).contiguous().flatten(3),
+                both[every, self.above], both[every, every].permute(2, 3, 0, 1).contiguous())
+
+    def in_spans(self, x: Tensor) -> Tensor:
+        """Return (..., S, L) of (..., R)."""
+        padded = F.pad(x, (0, len(self.order) * SPAN - self.rows))
+        return padded.unflatten(-1, (-1, SPAN))[..., self.order, :]
+
+    def in_rows(self, x_SCNL: Tensor) -> Tensor:
+        """Return (N, C, R), columns from the first."""
+        return x_SCNL[self.place].permute(2, 1, 0, 3).flatten(2)[..., :self.rows].flip(1)
+
+    def code(self, work_NCR: Tensor, upper_NCC: Tensor, scale_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return levels (N, C, R) of columns and what they leave.
+
+        work: in steps of rows; scale: the columns' steps; upper: their part of GPTQ's factor.
+        """
+        count, columns, _ = work_NCR.shape
+        goals = self.in_spans(work_NCR.flip(1)).permute(2, 1, 0, 3)  # (S, C, N, L)
+        self.goals, self.levels = goals.contiguous(), torch.zeros_like(goals)
+        self.left, self.decided = (goals.new_zeros([goals.shape[i] for i in order])
+                                   for order in ((0, 2, 1, 3), (1, 2, 0, 3)))
+        self.upper = upper_NCC.flip(1, 2).permute(2, 0, 1)[:, :, None].contiguous()
+        self.scale = scale_NC.flip(1).T[..., None]
+        # of each column: what the span coded last was to be, its ways by their last states
+        self.goal = goals.new_zeros(columns, count, SPAN)
+        self.ways = goals.new_zeros(2, SPAN, 8, columns, count)
+        self.total = goals.new_full((8, columns, count), math.inf)
+        self.total[0] = 0.0
+        for diagonal in range(columns - 1, -self.half, -1):
+            column, span = max(diagonal, 0), max(-diagonal, 0)
+            pairs = min(columns - column, self.half - span)
+            for first in (span, self.half + span):
+                self.step(slice(first, first + pairs), slice(column, column + pairs))
+        return self.in_rows(self.levels), self.in_rows(self.left.transpose(1, 2))
+
+    def step(self, spans: slice, columns: slice):
+        """Code pairs of spans and columns, decide the spans above."""
+        goal = self.goals[spans, columns].diagonal(dim1=0, dim2=1).permute(2, 0, 1)  # (P, N, L)
+        goal = goal - (self.upper[columns] @ self.left[spans])[:, :, 0]
+        aims, inner = (goal / self.scale[columns])[..., None], None
+        ways = self.ways[..., columns, :]
+        if self.answers is not None:
+            far, near, inner = self.answers
+            aims = aims - far[spans] @ self.decided[columns].flatten(2)[..., None]
+            aims, inner = aims - near[spans] @ ways[1].permute(2, 3, 0, 1), inner[:, :, spans]
+        found, total, origin = best_paths(aims.permute(2, 3, 0, 1).contiguous(),
+                                          self.total[:, columns], self.live[..., spans, :], inner)
+        best = total.argmin(0, keepdim=True)
+        came = origin.gather(0, best)  # the state in which the span above ends
+        level, error = ways.gather(2, came.expand(2, SPAN, -1, -1, -1))[:, :, 0].permute(0, 2, 3, 1)
+        above = self.above[spans]
+        column = torch.arange(columns.start, columns.stop, device=above.device)
+        self.levels[above, column], self.decided[column, :, above] = level, error
+        self.left[above, :, column] = self.goal[columns] - level * self.scale[columns]
+        self.goal[columns], self.ways[..., columns, :] = goal, found
+        self.total[:, columns] = (total - total.gather(0, best)).where(origin == came, math.inf)
 
 
 def trellis_levels(codes_RC: Tensor) -> Tensor:
-    """Return the levels (R, C), fp32, in steps, that int8 codes stand for on their paths."""
-    (rows, columns), length = codes_RC.shape, path_rows(*codes_RC.shape)
-    codes = F.pad(codes_RC, (0, 0, 0, -rows % length)).view(-1, length, columns)
-    levels, following = codes.float(), TRELLIS.flatten().to(codes.device)
-    state = torch.zeros_like(codes[:, 0], dtype=torch.int64)
-    for t in range(length):
-        levels[:, t] -= 0.5 * (state >= 4)
-        state = following[2 * state + (codes[:, t] & 1)]
-    return levels.view(-1, columns)[:rows]
+    """Return the levels (R, C), fp32, in steps, that int8 codes stand for, a path a column."""
+    levels, following = codes_RC.float(), TRELLIS.flatten().to(codes_RC.device)
+    state = torch.zeros_like(codes_RC[0], dtype=torch.int64)
+    for row, parity in zip(levels, codes_RC & 1):
+        row -= 0.5 * (state >= 4)
+        state = following[2 * state + parity]
+    return levels
+
+
+def rounded_columns(work_NCR: Tensor, upper_NCC: Tensor, scale_NC: Tensor, max_code: int):
+    """Return levels and what they leave, as `TrellisWave.code` does, of codes rounded alone."""
+    left, levels = work_NCR.clone(), torch.empty_like(work_NCR)
+    for j in range(left.shape[1]):
+        scale = scale_NC[:, j, None]
+        levels[:, j] = (left[:, j] / scale).round_().clamp_(-max_code, max_code)
+        left[:, j] -= levels[:, j] * scale
+        left[:, j + 1:] -= upper_NCC[:, j, j + 1:, None] * left[:, j, None]
+    return levels, left
 
 
 def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
-         columns_NC: Tensor | None = None, trellis: list[Tensor] | None = None) -> Tensor:
+         columns_NC: Tensor | None = None, trellis: Tensor | None = None) -> Tensor:
     """Return codes (N, R, C) int8: column by column, each rounding error fed forward to the rest.
 
     A weight's step is its row's times its column's (1 where none are given). Weights and factors
     share a dtype, in which the feedback runs. Work is laid out (N, C, R), so that a column is
     contiguous. trellis: codes depend on each other down a column, and max_code does not apply; the
-    answers of `couple_rows`, by which errors reach the rows below as well, or none.
+    answers of `couple_rows`, by which errors reach the rows below as well, or UNCOUPLED.
     Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
     count, rows, columns = w_NRC.shape
     order = factors.order_NC[:, :, None].expand(count, columns, rows)
-    work = w_NRC.masked_fill(factors.dead_NC[:, None, :], 0.0).transpose(1, 2).gather(1, order)
-    upper, row_steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)
+    upper, steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)[:, :, None]
+    upper = upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]  # what an error of 1 moves
+    work = w_NRC.masked_fill(factors.dead_NC[:, None, :], 0.0) / steps
+    work = work.transpose(1, 2).gather(1, order)
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
+    if trellis is None:
+        code: Any = functools.partial(rounded_columns, max_code=max_code)
+    else:
+        code = TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code
     codes = torch.empty_like(work, dtype=torch.int8)
-    answers = [a * row_steps[:, None, b] / row_steps[:, b[-1] + 1:, None]  # in steps of a row
-               for a, b in zip(trellis or (), torch.arange(rows).split(ROW_BLOCK))]
-    for start in range(0, columns, GPTQ_BLOCK):
-        end = min(start + GPTQ_BLOCK, columns)
-        errors = torch.empty_like(work[:, start:end])
-        for j in range(start, end):
-            steps = row_steps * scale[:, j, None]
-            code = level = work[:, j] / steps
-            if trellis is not None:
-                code, level = coupled_codes(level, answers) if answers else (
-                    trellis_codes(level, path_rows(rows, columns)))
-            else:
-                code.round_().clamp_(-max_code, max_code)
-            error = (work[:, j] - level * steps) / upper[:, j, j, None]
-            codes[:, j], errors[:, j - start] = code, error
-            work[:, j + 1:end] -= upper[:, j, j + 1:end, None] * error[:, None, :]
-        work[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
+    for block in torch.arange(columns).split(GPTQ_BLOCK):
+        at, after = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[-1]) + 1, None)
+        levels, left = code(work[:, at], upper[:, at, at], scale[:, at])
+        codes[:, at] = levels.ceil()  # a level between whole ones is of the code above
+        work[:, after] -= upper[:, at, after].transpose(1, 2) @ left
     return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
+
+
+def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: Tensor) -> Tensor:
+    """Return by how many steps GPTQ's feedback moves what codes stand for, rms (N, R, C).
+
+    Every error on the way counts as one of rounding, a twelfth of a squared step.
+    """
+    upper, order = factors.upper_NCC, factors.order_NC
+    scale = columns_NC.to(upper.dtype).gather(1, order)
+    shares = upper * (scale / upper.diagonal(dim1=1, dim2=2))[:, :, None] / scale[:, None]
+    moved = torch.empty_like(scale).scatter_(1, order, shares.square().sum(1) - 1)[:, None]
+    if answers.numel():
+        steps = steps_NR.to(upper.dtype)
+        rows = (answers * steps[:, None, :] / steps[:, :, None]).square().sum(2)
+        moved = moved + rows[:, :, None]
+    return (moved.clamp_min(0.0) / 12).sqrt()
 
 
 def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None,
@@ -2868,7 +2929,8 @@ class Group:
     """Same-shape tensors of a kind that are quantised together.
 
     rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling; None under SDClip.
-    costs_NR, answers: of `couple_rows`, where rows are coupled.
+    costs_NR, answers: of `couple_rows`, where rows are coupled. moved_NRC: by how many steps, as a
+    standard deviation, feedback moves what a code is to stand for.
     """
 
     names: list[str]
@@ -2876,9 +2938,10 @@ class Group:
     w_NRC: Tensor
     factors: Factors | None
     costs_NR: Tensor | None = None
-    answers: list[Tensor] = field(default_factory=list)
+    answers: Tensor = UNCOUPLED
     rows_NR: Tensor | None = None
     columns_NC: Tensor | None = None
+    moved_NRC: Tensor | None = None
 
 
 class Quantizer:
@@ -2905,7 +2968,7 @@ class Quantizer:
                                           .to(device))
                 damps = zip(names, factors.damp_N.tolist())
                 self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-            coupling: Any = None, []
+            coupling: Any = ()
             if config.couples_rows and solved and all(name in known.outputs for name in names) and (
                     couples(*stacked.shape[1:])):
                 coupling = couple_rows(torch.stack([known.outputs[n] for n in names]).to(device))
@@ -2921,20 +2984,22 @@ class Quantizer:
             costs = group.costs_NR
             if costs is None:
                 costs = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
-            assert group.factors is not None
-            rows, columns = sensitive_steps(costs, group.factors, (
+            assert (factors := group.factors) is not None
+            rows, columns = sensitive_steps(costs, factors, (
                 powers[group.kind], self.config.column_power))
+            group = dataclasses.replace(
+                group, columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
+                moved_NRC=moved_aims(factors, 2 ** rows, 2 ** columns, group.answers))
             spec = self.specs[group.kind]
             usual = (clip_radius(group.w_NRC, spec, 1.0) / spec.max_code).double().log2()
             alive = group.w_NRC.std(dim=2) > 0  # the others need no bits
             offsets += float((usual - rows)[alive].sum()) * group.w_NRC.shape[2]
             weights += int(alive.sum()) * group.w_NRC.shape[2]
-            plans.append((group, rows, columns, usual))
+            plans.append((group, rows, usual))
         shift = offsets / max(1, weights)
         return [dataclasses.replace(
-            group, columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
-            rows_NR=(OCTAVE * (rows + shift).clamp(usual - 6, usual + 4)).round())
-            for group, rows, columns, usual in plans]
+            group, rows_NR=(OCTAVE * (rows + shift).clamp(usual - 6, usual + 4)).round())
+            for group, rows, usual in plans]
 
     def codes_of(self, group: Group, multiplier: float, solved: bool):
         """Return codes (N, R, C), and steps of rows and columns as the artifact stores them."""
@@ -2949,26 +3014,32 @@ class Quantizer:
                 codes = round_to_nearest(w, radius, used, spec.max_code)
             return codes, steps.half(), None
         assert factors is not None and group.columns_NC is not None
+        assert group.moved_NRC is not None
         columns = steps_from_codes(group.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
-        if solved and spec.gptq:
+        if not spec.gptq:  # no feedback
+            factors = dataclasses.replace(
+                factors, upper_NCC=torch.eye(w.shape[2], device=w.device).expand_as(
+                    factors.upper_NCC), dead_NC=torch.zeros_like(factors.dead_NC))
+        if solved and (spec.gptq or self.config.uses_trellis):
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
                          group.answers if self.config.uses_trellis else None)
-            return codes, rows, group.columns_NC
-        codes = w / steps[:, :, None] / columns[:, None, :]
-        if solved and self.config.uses_trellis:
-            codes = torch.stack([trellis_codes(one.T, path_rows(*one.shape))[0].T
-                                 for one in codes])
-        codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE)  # a trellis's are whole already
-        return codes.to(torch.int8), rows, group.columns_NC
+        else:
+            codes = w / steps[:, :, None] / columns[:, None, :]
+            if spec.gptq:
+                random = torch.Generator(w.device).manual_seed(0)
+                codes += group.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
+            codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
+        return codes, rows, group.columns_NC
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
         """Return name -> (codes (R, C) int8, row steps, column steps) at a step multiplier.
 
-        solved False: rounded to nearest, quick and near enough in size. The last result is kept.
+        solved False: rounded to nearest, quick and near in size: in place of GPTQ's feedback there
+        is noise as large. The last result is kept.
         """
         if (multiplier, solved) not in self.memo:
             found = {}
@@ -2987,10 +3058,13 @@ class Quantizer:
         codes = torch.cat([found[name][0].flatten() for name in self.order])
         return codes, classes, [torch.cat(part) for part in zip(*parts)]
 
-    def tensors_at(self, multiplier: float, with_codes: bool = True) -> dict[str, Tensor]:
-        """Return the artifact's tensors: small ones by name, steps, classes and coded codes."""
-        found = self.codes_at(multiplier)
-        codes, classes, (row_classes, column_classes) = self.classes_at(multiplier)
+    def tensors_at(self, multiplier: float, solved: bool = True) -> dict[str, Tensor]:
+        """Return the artifact's tensors: small ones by name, steps, classes and coded codes.
+
+        solved False: all but the codes.
+        """
+        found = self.codes_at(multiplier, solved)
+        codes, classes, (row_classes, column_classes) = self.classes_at(multiplier, solved)
         tensors = {name: self.weights[name].to(DTYPES[kind])
                    for name, kind in self.storage.items() if kind not in self.specs}
         if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
@@ -3000,7 +3074,7 @@ class Quantizer:
         if self.config.fisher_steps:
             tensors["column_steps"] = torch.cat([found[name][2] for name in self.order])
         tensors.update(row_classes=row_classes, column_classes=column_classes)
-        if with_codes:
+        if solved:
             tensors.update(encode_codes(codes, classes, self.config.compressor))
         return tensors
 
@@ -3015,7 +3089,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
     codec = "brotli" if config.compressor == "rans" else config.compressor
-    header = {**header, "raw": ["stream"]}
+    header = {**header, "raw": ["stream"], "coding": 2}  # files of the first had shorter paths
 
     def pack_at(multiplier):
         tensors = quantizer.tensors_at(multiplier)
@@ -3023,7 +3097,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes
 
     if not config.search_k:
         return 1.0, pack_at(1.0)
-    rest = len(pack_tensors(header, quantizer.tensors_at(1.0, with_codes=False), codec))
+    rest = len(pack_tensors(header, quantizer.tensors_at(1.0, solved=False), codec))
 
     def estimate_at(multiplier):
         codes, classes, _ = quantizer.classes_at(multiplier, solved=False)

@@ -375,11 +375,6 @@ def round_to_codes(x_R, max_code=31):
     return code_R, code_R
 
 
-def trellis_rows(rows, columns):
-    """Return how many rows a path has: all where a matrix is no higher than wide, else 258."""
-    return rows if rows <= columns else 258
-
-
 # The registers (r1, r2, r3) of Ungerboeck's 8-state code with parity checks 13 and 04 (octal); r1
 # says whether levels lie between the whole numbers, the parity of a code enters the second.
 def trellis_step(registers, code):
@@ -387,12 +382,10 @@ def trellis_step(registers, code):
     return r1 ^ r2, (code % 2) ^ r3, r1
 
 
-def trellis_levels(code_R, length=258):
+def trellis_levels(code_R):
     """Return the levels that a column of codes stands for, a list of floats."""
     levels, registers = [], (0, 0, 0)
-    for row, code in enumerate(code_R):
-        if row % length == 0:
-            registers = (0, 0, 0)
+    for code in code_R:
         levels.append(code - 0.5 * registers[0])
         registers = trellis_step(registers, code)
     return levels
@@ -424,31 +417,38 @@ def best_way(ways):
     return tuple(torch.tensor(values, dtype=torch.float64) for values in found)
 
 
-def trellis_column(x_R, length=258):
-    """Return (codes, levels) of the least squared error, path by path of `length` rows."""
-    parts = [best_way(trellis_ways(part, (0, 0, 0))) for part in x_R.split(length)]
-    return tuple(torch.cat(part) for part in zip(*parts))
+def trellis_column(x_R, answers=None, span=48):
+    """Return (codes, levels) of one path, three rows at a time.
 
-
-def coupled_column(x_R, outputs_RR, block):
-    """Return (codes, levels) of one path whose rows answer the errors of the blocks above.
-
-    outputs_RR: damped, in steps. Given the errors above, the rows from a block on aim at what makes
-    errorsT outputs errors least; every state keeps its own best path, since these differ in it.
+    A span of rows is decided once the one below is coded: it is the best path's there.
+    answers: of `row_answers`; as every state's path leaves other errors, it aims at other things.
     """
     ways = {(0, 0, 0): (0.0, [], [])}
-    for start in range(0, len(x_R), block):
+    for start in range(0, len(x_R), 3):
         better = {}
         for registers, (cost, codes, levels) in ways.items():
-            errors_above = torch.tensor(levels, dtype=x_R.dtype) - x_R[:start]
-            answer = torch.linalg.solve(outputs_RR[start:, start:],
-                                        outputs_RR[start:, :start] @ errors_above)
-            aims = (x_R[start:] - answer)[:block]
+            aims = x_R[start:start + 3]
+            if answers is not None:
+                errors_above = torch.tensor(levels, dtype=x_R.dtype) - x_R[:start]
+                aims = aims - answers[start // 3] @ errors_above
             for following, way in trellis_ways(aims, registers, cost).items():
                 if following not in better or way[0] < better[following][0]:
                     better[following] = (way[0], codes + way[1], levels + way[2])
-        ways = better
+        ways, end = better, start + 3
+        if end % span == 0:
+            decided = min(ways.values(), key=lambda way: way[0])[1][:end - span]
+            ways = {state: way for state, way in ways.items() if way[1][:end - span] == decided}
     return best_way(ways)
+
+
+def row_answers(outputs_RR):
+    """Return what three rows take off their aims, times the errors above, for each three.
+
+    outputs_RR: damped, in steps. Given the errors above, the rows from there on aim at what makes
+    errorsT outputs errors least.
+    """
+    return [torch.linalg.solve(outputs_RR[start:, start:], outputs_RR[start:, :start])[:3]
+            for start in range(0, len(outputs_RR), 3)]
 
 
 def damped(hessian_CC, damp=0.01):
@@ -457,8 +457,7 @@ def damped(hessian_CC, damp=0.01):
     return hessian_CC + damp * mean * torch.eye(len(hessian_CC), dtype=hessian_CC.dtype)
 
 
-def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False, outputs_RR=None,
-                 block=24):
+def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False, outputs_RR=None):
     """Return int8 codes (R, C) by GPTQ, one column at a time, no blocks.
 
     Columns are visited by descending Hessian diagonal (stable); the error of each is spread over
@@ -481,14 +480,12 @@ def gptq_columns(w_RC, hessian_CC, step_R, max_code=31, damp=0.01, trellis=False
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
     codes_RC = torch.zeros(w.shape, dtype=torch.int8, device=w.device)
+    answers = None if outputs_RR is None else row_answers(
+        step_R[:, None] * damped(outputs_RR, damp) * step_R)
     for j in range(columns):
         x_R = w[:, j] / step_R
         if trellis:
-            if outputs_RR is None:
-                code_R, level_R = trellis_column(x_R, trellis_rows(*w.shape))
-            else:
-                in_steps = step_R[:, None] * damped(outputs_RR, damp) * step_R
-                code_R, level_R = coupled_column(x_R, in_steps, block)
+            code_R, level_R = trellis_column(x_R, answers)
         else:
             code_R, level_R = round_to_codes(x_R, max_code)
         error_R = (w[:, j] - level_R * step_R) / upper[j, j]

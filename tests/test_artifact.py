@@ -380,7 +380,7 @@ def test_artifact_names_no_place_run_host_or_time(tmp_path, monkeypatch):
     path = quantised_in(tmp_path / "somewhere", "secret-run-id", monkeypatch)
     header, _ = read_tensors(path, "artifact")
     assert set(header) == {"kind", "config", "order", "tokenizer_sha256", "train_sha256",
-                           "multiplier", "codec", "tensors", "raw"}
+                           "multiplier", "coding", "codec", "tensors", "raw"}
     topics = {KNOBS[name].metadata["topic"] for name in set(header["config"]) - {"seed"}}
     assert topics == {"model", "quantization", "evaluation"}
     text = json.dumps(header)

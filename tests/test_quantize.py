@@ -18,25 +18,28 @@ from toys import (
 
 from train_gpt import (
     MULTIPLIER_RANGE,
+    UNCOUPLED,
     Quantizer,
     QuantSpec,
     Sensitivity,
+    TrellisWave,
+    class_counts,
     clip_radius,
+    counted_bytes,
     couple_rows,
+    couples,
     dequantize,
     entropy_bytes,
     factor_hessians,
     fit_budget,
     gaussian_bits,
     gptq,
-    path_rows,
     round_to_nearest,
     sensitive_steps,
     solve_estimate,
     step_sizes,
     steps_from_codes,
     stored_steps,
-    trellis_codes,
     trellis_levels,
     trellis_paths,
 )
@@ -77,13 +80,21 @@ def test_three_codes_lead_from_each_state_to_each_other_once():
         assert trellis_paths()[:, state, origin].tolist() == subsets
 
 
+def coded(x):
+    """Codes and levels (N, R) of columns that only their own rows tie together."""
+    columns = x[:, None]
+    levels, left = TrellisWave(columns, None).code(columns, torch.ones_like(x[:, :1, None]),
+                                                   torch.ones_like(x[:, :1]))
+    assert torch.equal(left, columns - levels)
+    return levels[:, 0].ceil(), levels[:, 0]
+
+
 @given(st.integers(1, 600), st.integers(1, 5), st.floats(0.05, 40), st.integers(0, 2 ** 31))
 @settings(max_examples=60, deadline=None)
 def test_the_trellis_decoder_inverts_the_encoder(rows, columns, spread, seed):
     """For any column lengths and scales, far outliers included; levels are near what was asked."""
     x = spread * torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed))
-    length = path_rows(rows, columns)
-    codes, levels = trellis_codes(x, length)
+    codes, levels = coded(x)
     assert codes.shape == levels.shape == x.shape
     stored = codes.to(torch.int8)
     assert torch.equal(stored.float(), codes)
@@ -96,69 +107,74 @@ def test_the_trellis_decoder_inverts_the_encoder(rows, columns, spread, seed):
 @settings(max_examples=60, deadline=None)
 def test_any_codes_stand_for_levels(codes):
     column = torch.tensor(codes, dtype=torch.int8)[:, None]
-    assert trellis_levels(column)[:, 0].tolist() == plain.trellis_levels(codes)
-    wide = trellis_levels(column.expand(-1, len(codes)))[:, -1]
-    assert wide.tolist() == plain.trellis_levels(codes, len(codes))
+    levels = plain.trellis_levels(codes)
+    assert trellis_levels(column)[:, 0].tolist() == levels
+    assert trellis_levels(column.expand(-1, 3)).T.tolist() == 3 * [levels]
 
 
-@pytest.mark.parametrize("rows", (1, 2, 3, 64, 257, 258, 259, 600))
+@pytest.mark.parametrize("rows", (1, 2, 3, 47, 48, 49, 95, 96))
 def test_trellis_codes_have_the_least_error_there_is(rows):
-    """Equal to the reference path by path in float64; ties have equal cost."""
+    """Of two spans of rows, in float64; ties have equal cost."""
     for spread in (0.2, 1.0, 8.0):
         x = spread * torch.randn(2, rows, dtype=torch.float64)
-        for length in (258, rows):
-            codes, levels = trellis_codes(x, length)
-            for i in range(2):
-                expected, expected_levels = plain.trellis_column(x[i], length)
-                least = (expected_levels - x[i]).square().sum()
-                torch.testing.assert_close((levels[i] - x[i]).square().sum(), least)
-                assert torch.equal(codes[i], expected)
+        codes, levels = coded(x)
+        for i in range(2):
+            expected, expected_levels = plain.best_way(plain.trellis_ways(x[i], (0, 0, 0)))
+            least = (expected_levels - x[i]).square().sum()
+            torch.testing.assert_close((levels[i] - x[i]).square().sum(), least)
+            assert torch.equal(codes[i], expected)
+
+
+def test_deciding_a_span_behind_costs_little():
+    """Measured: 0.5 % of the error of whole columns."""
+    x = 3 * torch.randn(8, 600, dtype=torch.float64)
+    _, levels = coded(x)
+    least = sum((plain.best_way(plain.trellis_ways(one, (0, 0, 0)))[1] - one).square().sum()
+                for one in x)
+    assert least <= (levels - x).square().sum() <= 1.015 * least
 
 
 def test_zeros_cost_nothing_and_stay_zeros():
-    for length in (258, 300):
-        codes, levels = trellis_codes(torch.zeros(3, 300), length)
-        assert not codes.any() and not levels.any()
+    codes, levels = coded(torch.zeros(3, 300))
+    assert not codes.any() and not levels.any()
 
 
 def test_a_trellis_gains_most_of_a_decibel_at_equal_entropy():
-    """Measured: 1.00 dB at 3.6 bits on Gaussian weights; 1.53 dB is the most any scheme can."""
+    """Measured: 0.98 dB at 3.6 bits on Gaussian weights; 1.53 dB is the most any scheme can."""
     w = torch.randn(512, 516)
     rounded = (w / 0.35).round()
-    codes, levels = trellis_codes(w / 0.352, 258)
+    codes, levels = coded(w / 0.352)
     assert entropy_bytes(codes.to(torch.int8)) <= 1.001 * entropy_bytes(rounded.to(torch.int8))
     gain = (0.35 * rounded - w).square().mean() / (0.352 * levels - w).square().mean()
     assert 0.9 < 10 * gain.log10() < 1.1
 
 
-def test_gptq_with_a_trellis_equals_the_reference():
-    w = 0.1 * torch.randn(2, 70, 150, dtype=torch.float64)
-    hessians = torch.stack([hessian_of(150, 1000, (4,)) for _ in range(2)])
+@pytest.mark.parametrize("coupled", (False, True), ids=("alone", "coupled rows"))
+@pytest.mark.parametrize("rows, columns", ((1, 40), (48, 40), (50, 140), (97, 30), (150, 30)))
+def test_gptq_with_a_trellis_equals_the_reference(rows, columns, coupled):
+    w = 0.1 * torch.randn(2, rows, columns, dtype=torch.float64)
+    hessians = torch.stack([hessian_of(columns, 1000, (4,)) for _ in range(2)])
+    outputs = torch.stack([hessian_of(rows, 1000, ()) for _ in range(2)])
     steps = torch.stack([plain.row_scale(x, floor=0.0) for x in w])
-    found = gptq(w, factor_hessians(hessians), steps, 127, trellis=[])
+    costs, answers = couple_rows(outputs)
+    found = gptq(w, factor_hessians(hessians), steps, 127,
+                 trellis=answers if coupled else UNCOUPLED)
     for i in range(2):
-        expected = plain.gptq_columns(w[i], hessians[i], steps[i], trellis=True)
+        expected = plain.gptq_columns(w[i], hessians[i], steps[i], trellis=True,
+                                      outputs_RR=outputs[i] if coupled else None)
         assert torch.equal(found[i], expected)
         assert not found[i][:, 4].any()
 
 
-@pytest.mark.parametrize("rows", (1, 23, 24, 50, 73))
-def test_gptq_with_coupled_rows_equals_the_reference(rows):
-    w = 0.1 * torch.randn(2, rows, 80, dtype=torch.float64)
-    hessians = torch.stack([hessian_of(80, 1000, (4,)) for _ in range(2)])
+@pytest.mark.parametrize("rows", (1, 2, 30))
+def test_a_row_costs_what_is_left_once_the_rows_below_do_their_best(rows):
     outputs = torch.stack([hessian_of(rows, 1000, ()) for _ in range(2)])
-    steps = torch.stack([plain.row_scale(x, floor=0.0) for x in w])
-    costs, answers = couple_rows(outputs)
-    found = gptq(w, factor_hessians(hessians), steps, 127, trellis=answers)
-    for i in range(2):
-        expected = plain.gptq_columns(w[i], hessians[i], steps[i], trellis=True,
-                                      outputs_RR=outputs[i])
-        assert torch.equal(found[i], expected)
-        for start in range(0, rows, 24):  # what is left once the rows below do their best
-            rest, end = plain.damped(outputs[i])[start:, start:], min(24, rows - start)
-            left = rest[:end, :end] - rest[:end, end:] @ torch.linalg.solve(
-                rest[end:, end:], rest[end:, :end])
-            torch.testing.assert_close(costs[i, start:start + end], left.diagonal())
+    costs, _ = couple_rows(outputs)
+    for i, start in itertools.product(range(2), range(0, rows, 3)):
+        rest, end = plain.damped(outputs[i])[start:, start:], min(3, rows - start)
+        left = rest[:end, :end] - rest[:end, end:] @ torch.linalg.solve(
+            rest[end:, end:], rest[end:, :end])
+        torch.testing.assert_close(costs[i, start:start + end], left.diagonal())
 
 
 def test_a_row_without_gradients_changes_nothing_for_the_others():
@@ -179,7 +195,7 @@ def test_coupled_rows_lose_less_at_equal_entropy():
     mix = torch.randn(rows, rows) + 3 * torch.eye(rows)
     outputs, hessian = (mix @ mix.T)[None], hessian_of(columns, 1000, ()).float()[None]
     factors, losses = factor_hessians(hessian), []
-    for costs, answers in ((outputs.diagonal(dim1=1, dim2=2), []), couple_rows(outputs)):
+    for costs, answers in ((outputs.diagonal(dim1=1, dim2=2), UNCOUPLED), couple_rows(outputs)):
         rows_log2 = sensitive_steps(costs, factors, (1.0, 0.0))[0]
         steps = 0.35 * 2 ** (rows_log2 - rows_log2.mean()).float()
         codes = gptq(w, factors, steps, 127, trellis=answers)
@@ -343,11 +359,14 @@ def weights_and_hessians(config, dead_table_row=False):
     return weights, hessians
 
 
-def quantizer_of(config, solve=True):
-    """Return a Quantizer that knows random Hessians and Fisher information."""
+def quantizer_of(config):
+    """Return a Quantizer that knows random Hessians of inputs and outputs, and Fisher information.
+    """
     weights, hessians = weights_and_hessians(config)
     fisher = {name: 10 ** (3 * torch.rand(len(weights[name]))) for name in hessians}
-    return Quantizer(weights, Sensitivity(hessians, fisher), config, torch.device("cpu"))
+    outputs = {name: hessian_of(len(weights[name]), 500).float() for name in hessians
+               if couples(*weights[name].shape)}
+    return Quantizer(weights, Sensitivity(hessians, fisher, outputs), config, torch.device("cpu"))
 
 
 def test_published_settings_give_the_codes_of_the_reference():
@@ -584,11 +603,19 @@ def test_gptq_with_column_steps_equals_gptq_of_rescaled_columns():
 @pytest.mark.parametrize("multiplier", (0.35, 1.0, 4.0))
 def test_no_weight_is_clipped_under_steps_by_sensitivity(multiplier):
     quantizer = quantizer_of(toy_config())
-    for name, (codes, rows, columns) in quantizer.codes_at(multiplier, solved=False).items():
-        steps = multiplier * steps_from_codes(rows)
-        restored = dequantize(codes, steps, steps_from_codes(columns))
-        half = 0.5 * steps[:, None] * steps_from_codes(columns)
-        assert ((restored - quantizer.weights[name]).abs() <= half * (1 + 1e-4)).all(), name
+    for name, (_, rows, columns) in quantizer.codes_at(multiplier, solved=False).items():
+        steps = multiplier * steps_from_codes(rows)[:, None] * steps_from_codes(columns)
+        assert (quantizer.weights[name].abs() <= 120.01 * steps).all(), name
+
+
+def test_estimates_are_near_the_sizes_of_real_codes():
+    """Rounded beside noise as large as GPTQ's feedback; without it they are 4 to 13 % low here."""
+    quantizer = quantizer_of(toy_config())
+    assert any(group.answers.numel() for group in quantizer.groups)
+    for multiplier in (0.5, 1.0, 1.5):
+        sizes = [counted_bytes(class_counts(*quantizer.classes_at(multiplier, solved)[:2]))
+                 for solved in (False, True)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.03), (multiplier, sizes)
 
 
 def test_steps_by_sensitivity_lose_less_of_the_expected_loss_at_equal_bytes():
