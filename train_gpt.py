@@ -2400,8 +2400,8 @@ def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, Tensor]:
     outputs: mean g gT of the gradients of a matrix's outputs. By the Kronecker factors of the
     Fisher information, an error E costs tr(outputs E inputs ET): GPTQ's feedback from column to
     column has a twin from row to row. answers[n, r, s] times an error in row s is what row r takes
-    off; three rows are coded at once, so only rows below them answer. Sources: K-FAC (arXiv
-    1503.05671), two-sided feedback as in YAQA (arXiv 2505.22988).
+    off (1 if r is s); three rows are coded at once: only rows below them answer. Sources: K-FAC
+    (arXiv 1503.05671), two-sided feedback as in YAQA (arXiv 2505.22988).
     """
     # gradients are small: a row without any counts as 1, as a dead input does, against a mean of 1
     scale = outputs_NRR.double().diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)[:, None]
@@ -2413,8 +2413,6 @@ def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.linalg.inv(threes)
     cost = inverse.square().sum(3).flatten(1)[:, :rows]
     answers = (inverse @ upper.unflatten(1, (-1, 3))).flatten(1, 2)[:, :rows, :rows].mT
-    three = torch.arange(rows, device=scale.device) // 3
-    answers = answers.where(three[:, None] > three, 0.0)
     cost = (scale * cost).masked_fill(factors.dead_NC, 0.0)
     return cost.to(outputs_NRR.dtype), answers.to(outputs_NRR.dtype)
 
@@ -2449,33 +2447,37 @@ def trellis_paths() -> Tensor:
     return paths
 
 
+CODING = 2  # raised whenever codes come to mean other weights
 UNCOUPLED = torch.empty(0)  # answers of rows that are not coupled
 SPAN = 48  # rows coded before the span above is decided: 0.5 % more error than no limit; 24: 1.9 %
 
 
-@functools.cache
-def trellis_choices(origins: int, device) -> Tensor:
+@functools.cache  # a copy to a GPU would wait for it
+def trellis_tables(origins: int, device, dtype) -> tuple[Tensor, Tensor]:
     """Return which of (3 rows, 4 subsets, origins) ways between states take, (3, 8 to * 8 from).
 
-    origins: 8 where each state has aims of its own, 1 where all share them.
+    Then by how much each subset's levels are off even numbers. origins: 8 where each state has aims
+    of its own, 1 where all share them.
     """
     choices = origins * trellis_paths() + torch.arange(8) % origins
-    return (choices + 4 * origins * torch.arange(3)[:, None, None]).flatten(1).to(device)
+    choices = (choices + 4 * origins * torch.arange(3)[:, None, None]).flatten(1)
+    offset = torch.tensor([0.0, 1.0, -0.5, 0.5]).view(4, 1, 1, 1)
+    return choices.to(device), offset.to(device, dtype)
 
 
 def best_paths(aims: Tensor, total: Tensor, live: Tensor, inner: Tensor | None):
     """Return levels and errors (2, L, 8, P, N) of the best way to each state, its cost, its origin.
 
-    aims (L, 8 or 1, P, N): what codes stand for, in steps, by the state a path comes from; total
-    (8, P, N): what it has cost so far; live (L, 1, 1, P, 1): 0 where a row counts nothing. inner
-    (L, L, P, N): answers within the rows; as aims depend on the errors above, each state carries on
-    its own (per-survivor processing; R. Raheli, A. Polydoros, C. Tzou, IEEE Trans. Comm. 1995).
-    Viterbi's algorithm, three codes at a time. Sources: trellis-coded quantisation (M. Marcellin,
+    Through L rows, of P pairs of a column and a span and N matrices (see TrellisWave). aims (L, 8
+    or 1, P, N): what codes stand for, in steps, by the state a path comes from; total (8, P, N):
+    what it has cost so far; live (L, 1, 1, P, 1): 0 where a row counts nothing. inner (L, L, P, N):
+    answers within the rows; as aims depend on the errors above, each state carries on its own
+    (per-survivor processing; R. Raheli, A. Polydoros, C. Tzou, IEEE Trans. Comm. 1995). Viterbi's
+    algorithm, three codes at a time. Sources: trellis-coded quantisation (M. Marcellin,
     T. Fischer, IEEE Trans. Comm. 1990), Ungerboeck's 8-state code, the idea of VVC's dependent
     quantisation with levels between the whole ones in place of its doubled zero.
     """
-    choices = trellis_choices(aims.shape[1], aims.device)
-    offset = aims.new_tensor([0.0, 1.0, -0.5, 0.5]).view(4, 1, 1, 1)
+    choices, offset = trellis_tables(aims.shape[1], aims.device, aims.dtype)
     every = torch.arange(8, device=aims.device)[:, None, None]
     turns, ways = [], []
     for row in range(0, len(aims), 3):
@@ -2512,7 +2514,7 @@ class TrellisWave:
         self.rows = work_NCR.shape[2]
         self.half = (-(-self.rows // SPAN) + 2) // 2
         span = torch.arange(2 * self.half, device=work_NCR.device).view(-1, 2).T.flatten()
-        self.order, self.place = span, span.argsort()
+        self.order, self.place = span, span.argsort()  # which span lies there; where a span lies
         self.above = self.place[span - 1]
         live = self.in_spans(torch.ones_like(work_NCR[0, 0]))
         self.live = live.T[:, None, None, :, None].contiguous()
@@ -2520,10 +2522,10 @@ class TrellisWave:
         if answers_NRR is not None:
             both = self.in_spans(self.in_spans(answers_NRR).permute(0, 2, 3, 1))
             both = both.permute(3, 1, 0, 4, 2)  # (S rows, S columns, N, L rows, L columns)
-            every = torch.arange(len(span), device=span.device)
-            self.answers = (  # to spans decided, to the one above, within
-                both.permute(0, 2, 3, 1, 4).contiguous().flatten(3),
-                both[every, self.above], both[every, every].permute(2, 3, 0, 1).contiguous())
+            self.answers = (  # to errors of spans decided, of the span above, within the span
+                both.permute(0, 2, 3, 1, 4).flatten(3).contiguous(),
+                both[torch.arange(len(span), device=span.device), self.above],
+                both.diagonal(dim1=0, dim2=1).permute(1, 2, 3, 0).contiguous())
 
     def in_spans(self, x: Tensor) -> Tensor:
         """Return (..., S, L) of (..., R)."""
@@ -2625,8 +2627,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     else:
         code = TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code
     codes = torch.empty_like(work, dtype=torch.int8)
-    for block in torch.arange(columns).split(GPTQ_BLOCK):
-        at, after = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[-1]) + 1, None)
+    for start in range(0, columns, GPTQ_BLOCK):
+        at, after = slice(start, start + GPTQ_BLOCK), slice(start + GPTQ_BLOCK, None)
         levels, left = code(work[:, at], upper[:, at, at], scale[:, at])
         codes[:, at] = levels.ceil()  # a level between whole ones is of the code above
         work[:, after] -= upper[:, at, after].transpose(1, 2) @ left
@@ -2634,7 +2636,7 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
 
 
 def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: Tensor) -> Tensor:
-    """Return by how many steps GPTQ's feedback moves what codes stand for, rms (N, R, C).
+    """Return by how many steps GPTQ's feedback moves what codes stand for, rms (N, R or 1, C).
 
     Every error on the way counts as one of rounding, a twelfth of a squared step.
     """
@@ -2644,7 +2646,7 @@ def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: 
     moved = torch.empty_like(scale).scatter_(1, order, shares.square().sum(1) - 1)[:, None]
     if answers.numel():
         steps = steps_NR.to(upper.dtype)
-        rows = (answers * steps[:, None, :] / steps[:, :, None]).square().sum(2)
+        rows = (answers * steps[:, None, :] / steps[:, :, None]).square().sum(2) - 1
         moved = moved + rows[:, :, None]
     return (moved.clamp_min(0.0) / 12).sqrt()
 
@@ -2929,8 +2931,7 @@ class Group:
     """Same-shape tensors of a kind that are quantised together.
 
     rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling; None under SDClip.
-    costs_NR, answers: of `couple_rows`, where rows are coupled. moved_NRC: by how many steps, as a
-    standard deviation, feedback moves what a code is to stand for.
+    costs_NR, answers: of `couple_rows`, where rows are coupled. moved_NRC: of `moved_aims`.
     """
 
     names: list[str]
@@ -2995,11 +2996,11 @@ class Quantizer:
             alive = group.w_NRC.std(dim=2) > 0  # the others need no bits
             offsets += float((usual - rows)[alive].sum()) * group.w_NRC.shape[2]
             weights += int(alive.sum()) * group.w_NRC.shape[2]
-            plans.append((group, rows, usual))
+            # coupled rows of small weights may have to answer large errors of others
+            plans.append((group, rows, usual - 6, usual + (4 if group.costs_NR is None else 99)))
         shift = offsets / max(1, weights)
-        return [dataclasses.replace(
-            group, rows_NR=(OCTAVE * (rows + shift).clamp(usual - 6, usual + 4)).round())
-            for group, rows, usual in plans]
+        return [dataclasses.replace(group, rows_NR=(OCTAVE * (rows + shift).clamp(*ends)).round())
+                for group, rows, *ends in plans]
 
     def codes_of(self, group: Group, multiplier: float, solved: bool):
         """Return codes (N, R, C), and steps of rows and columns as the artifact stores them."""
@@ -3014,22 +3015,21 @@ class Quantizer:
                 codes = round_to_nearest(w, radius, used, spec.max_code)
             return codes, steps.half(), None
         assert factors is not None and group.columns_NC is not None
-        assert group.moved_NRC is not None
         columns = steps_from_codes(group.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
-        if not spec.gptq:  # no feedback
-            factors = dataclasses.replace(
-                factors, upper_NCC=torch.eye(w.shape[2], device=w.device).expand_as(
-                    factors.upper_NCC), dead_NC=torch.zeros_like(factors.dead_NC))
         if solved and (spec.gptq or self.config.uses_trellis):
+            if not spec.gptq:  # no feedback
+                one = torch.eye(w.shape[2], device=w.device).expand_as(factors.upper_NCC)
+                factors = dataclasses.replace(factors, upper_NCC=one,
+                                              dead_NC=torch.zeros_like(factors.dead_NC))
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
                          group.answers if self.config.uses_trellis else None)
         else:
             codes = w / steps[:, :, None] / columns[:, None, :]
-            if spec.gptq:
+            if spec.gptq and group.moved_NRC is not None:
                 random = torch.Generator(w.device).manual_seed(0)
                 codes += group.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
             codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
@@ -3089,7 +3089,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
     codec = "brotli" if config.compressor == "rans" else config.compressor
-    header = {**header, "raw": ["stream"], "coding": 2}  # files of the first had shorter paths
+    header = {**header, "raw": ["stream"], "coding": CODING}
 
     def pack_at(multiplier):
         tensors = quantizer.tensors_at(multiplier)
@@ -3110,8 +3110,11 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
                     origin) -> dict[str, Tensor]:
     """Return the fp32 weights by parameter name that an artifact stands for.
 
-    Raises ContainerError where a tensor is missing, extra, or of another shape than the model's.
+    Raises ContainerError where a tensor is missing, extra, or of another shape than the model's,
+    and where codes mean something else.
     """
+    if header["coding"] != CODING:
+        raise ContainerError(f"{origin}: coded by another train_gpt.py; use the one that wrote it")
     model, left = meta_model(config), dict(tensors)
     storage = plan_storage(model, config)
     shapes = {name: model.get_parameter(name).shape for name in storage}

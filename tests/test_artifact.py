@@ -19,6 +19,7 @@ from toys import (
 
 import train_gpt
 from train_gpt import (
+    CODING,
     DTYPES,
     KNOBS,
     MULTIPLIER_RANGE,
@@ -50,16 +51,21 @@ CPU = torch.device("cpu")
 
 
 def quantizer_of(config, seed=0):
-    """Return a Quantizer over a random model, with a Hessian for every coded tensor."""
+    """Return a Quantizer over a random model, with all that it can know of every coded tensor."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: p.detach() for name, p in random_model(config, seed).named_parameters()}
-    hessians, fisher = {}, {}
+    hessians, fisher, outputs = {}, {}, {}
+
+    def moments(size):
+        x = torch.randn(200, size, generator=generator)
+        return x.T @ x / 200
+
     for name, w in weights.items():
         if w.ndim == 2:
-            x = torch.randn(200, w.shape[1], generator=generator)
-            hessians[name] = x.T @ x / 200
+            hessians[name] = moments(w.shape[1])
             fisher[name] = torch.rand(w.shape[0], generator=generator) ** 3
-    return Quantizer(weights, Sensitivity(hessians, fisher), config, CPU)
+            outputs[name] = moments(w.shape[0])
+    return Quantizer(weights, Sensitivity(hessians, fisher, outputs), config, CPU)
 
 
 def gaussian_quantizer(config):
@@ -71,7 +77,8 @@ def gaussian_quantizer(config):
 
 def header_of(config, multiplier=1.0):
     return dict(kind="artifact", config=artifact_config(config), order=list(config.base_order),
-                tokenizer_sha256="0" * 64, train_sha256="1" * 64, multiplier=multiplier)
+                tokenizer_sha256="0" * 64, train_sha256="1" * 64, multiplier=multiplier,
+                coding=CODING)
 
 
 def stored_weights(quantizer, name, multiplier):
@@ -168,6 +175,12 @@ def test_the_unchanged_tensors_are_taken():
     before = dict(TENSORS)
     restore_weights(header_of(CONFIG), TENSORS, CONFIG, "origin")
     assert TENSORS == before
+
+
+def test_codes_that_mean_something_else_are_refused():
+    for coding in (0, CODING - 1, CODING + 1):
+        with pytest.raises(ContainerError, match="origin: coded by another train_gpt.py"):
+            restore_weights(dict(header_of(CONFIG), coding=coding), TENSORS, CONFIG, "origin")
 
 
 @given(some_tensor)

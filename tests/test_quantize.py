@@ -587,17 +587,20 @@ def test_step_codes_are_eighths_of_an_octave():
     assert torch.equal(steps_from_codes(codes), torch.tensor(expected))
 
 
-def test_gptq_with_column_steps_equals_gptq_of_rescaled_columns():
-    w = torch.randn(2, 5, 140, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ("rounded", "trellis", "coupled rows"))
+def test_gptq_with_column_steps_equals_gptq_of_rescaled_columns(kind):
+    w = torch.randn(2, 50, 140, dtype=torch.float64)
     hessians = torch.stack([hessian_of(140, 400) for _ in range(2)])
     columns = 2 ** torch.randn(2, 140, dtype=torch.float64)
-    steps = torch.full((2, 5), 0.1, dtype=torch.float64)
+    steps = 0.05 + 0.1 * torch.rand(2, 50, dtype=torch.float64)
     factors = factor_hessians(hessians)
-    found = gptq(w, factors, steps, 127, columns)
+    trellis = {"rounded": None, "trellis": UNCOUPLED,
+               "coupled rows": couple_rows(torch.stack([hessian_of(50, 400)] * 2))[1]}[kind]
+    found = gptq(w, factors, steps, 127, columns, trellis)
     # in units of its step every column has step 1, and the inverse Hessian's factor scales along
     ordered = columns.gather(1, factors.order_NC)
     scaled = dataclasses.replace(factors, upper_NCC=factors.upper_NCC / ordered[:, None, :])
-    assert torch.equal(found, gptq(w / columns[:, None, :], scaled, steps, 127))
+    assert torch.equal(found, gptq(w / columns[:, None, :], scaled, steps, 127, None, trellis))
 
 
 @pytest.mark.parametrize("multiplier", (0.35, 1.0, 4.0))
@@ -606,6 +609,32 @@ def test_no_weight_is_clipped_under_steps_by_sensitivity(multiplier):
     for name, (_, rows, columns) in quantizer.codes_at(multiplier, solved=False).items():
         steps = multiplier * steps_from_codes(rows)[:, None] * steps_from_codes(columns)
         assert (quantizer.weights[name].abs() <= 120.01 * steps).all(), name
+    assert all(codes.min() >= -127 for codes, *_ in quantizer.codes_at(multiplier).values())
+
+
+def test_embeddings_without_gptq_are_coded_column_by_column_alone():
+    quantizer = quantizer_of(toy_config(embed_gptq=False))
+    codes, rows, columns = quantizer.codes_at(0.9)["tok_emb.weight"]
+    steps = 0.9 * steps_from_codes(rows)[:, None] * steps_from_codes(columns)
+    aims = (quantizer.weights["tok_emb.weight"] / steps).double()
+    for column, aim in zip(codes.T, aims.T):
+        assert torch.equal(column, plain.trellis_column(aim)[0].to(torch.int8))
+
+
+@pytest.mark.parametrize("small", (0.0, 1e-5))
+def test_rows_of_small_weights_may_answer_for_others(small):
+    """Their steps follow what errors cost, not their weights: codes stay far from the ends."""
+    config = toy_config()
+    weights, hessians = weights_and_hessians(config)
+    outputs = {name: hessian_of(len(weights[name]), 500).float() for name in hessians
+               if couples(*weights[name].shape)}
+    for name in outputs:
+        weights[name][::7] *= small
+    fisher = {name: torch.ones(len(weights[name])) for name in hessians}
+    known = Sensitivity(hessians, fisher, outputs)
+    for name, (codes, *_) in Quantizer(weights, known, config, "cpu").codes_at(1.0).items():
+        if name in outputs:
+            assert codes[::7].abs().max() < 40, name
 
 
 def test_estimates_are_near_the_sizes_of_real_codes():
@@ -615,7 +644,7 @@ def test_estimates_are_near_the_sizes_of_real_codes():
     for multiplier in (0.5, 1.0, 1.5):
         sizes = [counted_bytes(class_counts(*quantizer.classes_at(multiplier, solved)[:2]))
                  for solved in (False, True)]
-        assert sizes[0] == pytest.approx(sizes[1], rel=0.03), (multiplier, sizes)
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.05), (multiplier, sizes)
 
 
 def test_steps_by_sensitivity_lose_less_of_the_expected_loss_at_equal_bytes():
