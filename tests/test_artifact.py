@@ -269,14 +269,14 @@ def odd_weights(config, generator):
     def pick(choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
-    weights = {}
+    weights, storage = {}, plan_storage(meta_model(config), config)
     for name, p in meta_model(config).named_parameters():
         law = pick(("Gaussian", "trained-like", "heavy tails", "sparse"))
         w = draw(tuple(p.shape), law) * 10 ** pick((-6.0, -2.0, -1.0, 0.0, 2.0))
         if p.ndim == 2:
             w[::int(pick((1, 2, 7)))] *= pick((0.0, 1.0, 1.0))  # rows (or all) of zeros
             w[::5] = w[::5, :1] if pick((False, True)) else w[::5]  # rows of one value
-        weights[name] = w
+        weights[name] = w if storage[name] in ("int6", "int8") else w.clamp(-6e4, 6e4)  # fp16
     return weights
 
 
@@ -292,16 +292,22 @@ def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
     config = toy_config(vocab_size=200, model_dim=32, num_layers=3, recur_layers=(1,),
                         parallel_start_layer=2, ve_layers=(2,), xsa_last_n=2)
     weights = odd_weights(config, generator)
-    hessians, fisher = {}, {}
+    hessians, fisher, outputs = {}, {}, {}
+
+    def moments(size):
+        x = torch.randn(80, size, generator=generator)
+        x *= 10 ** torch.randn(size, generator=generator)
+        return x.T @ x / 80
+
     for name, w in weights.items():
         if w.ndim == 2:
-            x = torch.randn(80, w.shape[1], generator=generator)
-            x *= 10 ** torch.randn(w.shape[1], generator=generator)
-            hessians[name] = x.T @ x / 80
+            hessians[name] = moments(w.shape[1])
             fisher[name] = torch.rand(w.shape[0], generator=generator) ** 6
-    quantizer = Quantizer(weights, Sensitivity(hessians, fisher), config, CPU)
+            outputs[name] = moments(w.shape[0])
+    quantizer = Quantizer(weights, Sensitivity(hessians, fisher, outputs), config, CPU)
     finest, coarsest = MULTIPLIER_RANGE
-    limit = int(8_000 + 12_000 * torch.rand((), generator=generator))
+    middle = len(pack_tensors(header_of(config), quantizer.tensors_at(1.0), "brotli"))
+    limit = int(middle * (0.9 + 0.2 * torch.rand((), generator=generator)))
     multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
                                       lambda *told: None)
     if len(packed) > limit:
