@@ -2677,13 +2677,15 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
     estimates, best, seen, target = {}, None, {}, float(limit_bytes)
-    for _ in range(20):  # two or three do, but sizes of tiny models jump about
+    for turn in range(20):  # two or three do
         if len(seen) < 2:
             multiplier = solve_estimate(estimate_at, target, estimates)
         else:
             (fine, more), (coarse, fewer) = seen[False], seen[True]
             share = (more - 0.9996 * limit_bytes) / (more - fewer)
             multiplier = fine * (coarse / fine) ** share
+            if turn > 4:  # sizes of tiny models jump about: look around as well
+                multiplier *= 1 + 0.0005 * (4 * turn % 11 - 5)
             estimates[multiplier] = estimate_at(multiplier)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
