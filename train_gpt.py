@@ -2685,7 +2685,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
             share = (more - 0.9996 * limit_bytes) / (more - fewer)
             multiplier = fine * (coarse / fine) ** share
             if turn > 4:  # sizes of tiny models jump about: look around as well
-                multiplier *= 1 + 0.0004 * (turn - 5) * (-1) ** turn
+                multiplier *= 1 + 0.0005 * (4 * turn % 11 - 5)
             estimates[multiplier] = estimate_at(multiplier)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
