@@ -2676,28 +2676,27 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
     one within the limit, until at most 0.1 % is unused.
     Outside MULTIPLIER_RANGE it returns the nearest end, fitting or not.
     """
-    estimates, best, seen, target = {}, None, {}, float(limit_bytes)
-    for turn in range(20):  # two or three do
+    estimates, seen, target = {}, {}, float(limit_bytes)
+    for turn in range(60):  # two or three do
         if len(seen) < 2:
             multiplier = solve_estimate(estimate_at, target, estimates)
-        else:
-            (fine, more), (coarse, fewer) = seen[False], seen[True]
-            share = (more - 0.9996 * limit_bytes) / (more - fewer)
+        else:  # between the nearest sizes found on both sides
+            (fine, more), (coarse, best) = seen[False], seen[True]
+            share = (len(more) - 0.9996 * limit_bytes) / (len(more) - len(best))
             multiplier = fine * (coarse / fine) ** share
-            if turn > 4:  # sizes of tiny models jump about: look around as well
-                multiplier *= 1 + 0.0005 * (4 * turn % 11 - 5)
+            if turn > 4:  # sizes of tiny models jump about by some 0.3 %: look around as well
+                multiplier *= 1 + 0.01 * (0.618 * turn % 1 - 0.5)
             estimates[multiplier] = estimate_at(multiplier)
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
-        fits = len(packed) <= limit_bytes
-        if fits and (best is None or multiplier < best[0]):
-            best = multiplier, packed
+        fits, unused = len(packed) <= limit_bytes, limit_bytes - len(packed)
         at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
-        if at_end or (fits and len(packed) >= 0.999 * limit_bytes):
+        if at_end or 0 <= unused <= 0.001 * limit_bytes:
             return multiplier, packed
-        seen[fits] = multiplier, len(packed)
+        if fits not in seen or abs(unused) < abs(limit_bytes - len(seen[fits][1])):
+            seen[fits] = multiplier, packed
         target = estimates[multiplier] * 0.9996 * limit_bytes / len(packed)
-    return best or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
+    return seen.get(True) or (MULTIPLIER_RANGE[1], pack_at(MULTIPLIER_RANGE[1]))
 
 
 def solve_estimate(estimate_at, target_bytes: float, known: dict[float, float]) -> float:

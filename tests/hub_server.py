@@ -9,6 +9,7 @@ planted for the storage: connections dropped, wrong content, ranges ignored, err
 import hashlib
 import json
 import re
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -213,9 +214,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
 
-def start(hub: Hub) -> ThreadingHTTPServer:
+class Server(ThreadingHTTPServer):
+    """Prints no traceback when a client hangs up, which clients that fail here do."""
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def start(hub: Hub) -> Server:
     """Serve `hub` on a free port of localhost until shutdown(); sets hub.url."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.hub = True, hub
     port = server.server_address[1]
     hub.url, hub.storage_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
