@@ -1116,18 +1116,15 @@ def compress(raw: bytes, codec: str) -> bytes:
 
 def decompress(data: bytes, codec: str, raw_bytes: int) -> bytes:
     """Return exactly `raw_bytes` bytes or raise ValueError; never holds much more than that."""
-    out, finished, most = data, True, raw_bytes + 1
+    out, finished = data, True
     if codec == "lzma":
         decoder = lzma.LZMADecompressor(memlimit=256 << 20)
-        out = decoder.decompress(data, max_length=most)
+        out = decoder.decompress(data, max_length=raw_bytes + 1)
         finished = decoder.eof and not decoder.unused_data
     elif codec == "brotli":
-        decoder, out, finished = brotli.Decompressor(), b"", False
-        while len(out) <= raw_bytes and not finished:
-            part = decoder.process(data if not out else b"", output_buffer_limit=most)
-            out, finished = out + part if out else part, decoder.is_finished()
-            if not part and not finished:
-                break
+        decoder = brotli.Decompressor()
+        out = decoder.process(data, output_buffer_limit=raw_bytes + 1)
+        finished = decoder.is_finished()
     if len(out) != raw_bytes or not finished:
         raise ValueError("a tensor does not decompress to its stated length")
     return out
