@@ -1130,19 +1130,17 @@ def decompress(data: bytes, codec: str, raw_bytes: int) -> bytes:
     return out
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def pack_tensors(header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> bytes:
     """Return a container's bytes; the same arguments give the same bytes.
 
     header["raw"] may name tensors that no coder would make smaller.
     """
-    codecs = ["raw" if name in header.get("raw", ()) else codec for name in tensors]
+    def coded(name):
+        raw = tensors[name].detach().cpu().numpy().tobytes()
+        return compress(raw, "raw" if name in header.get("raw", ()) else codec)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the GIL
-        spans = list(pool.map(lambda t, codec: compress(tensor_bytes(t), codec), tensors.values(),
-                              codecs))
+        spans = list(pool.map(coded, tensors))
     names = {dtype: name for name, dtype in DTYPES.items()}
     table = [[name, names[t.dtype], list(t.shape), len(span)]
              for (name, t), span in zip(tensors.items(), spans)]
@@ -1174,17 +1172,16 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
         codec, table, tensors = header["codec"], header["tensors"], {}
         require(codec in CODECS, f"unknown codec {codec!r}")
         for name, dtype, shape, span in table:
-            kind = DTYPES[dtype]
             require(isinstance(name, str) and name not in tensors and len(shape) <= 4
                     and all(type(n) is int and 0 <= n <= left for n in (*shape, span))
                     and span <= end - at, "impossible entry in the table of tensors")
-            raw_bytes = math.prod(shape) * kind.itemsize
+            raw_bytes = math.prod(shape) * DTYPES[dtype].itemsize
             require(raw_bytes <= left, "more tensor bytes than any model of this script has")
             left -= raw_bytes
             used = "raw" if name in header.get("raw", ()) else codec
             raw = bytearray(decompress(data[at:at + span], used, raw_bytes))
-            flat = torch.frombuffer(raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
-            tensors[name], at = flat.reshape(shape), at + span
+            tensors[name] = torch.from_numpy(np.frombuffer(raw, dtype).reshape(shape))
+            at += span
         require(at == end, "bytes left over after the last tensor")
     except ContainerError:
         raise
