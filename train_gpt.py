@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import re
-import secrets
 import shutil
 import signal
 import struct
@@ -1146,7 +1145,7 @@ def pack_tensors(header: dict, tensors: dict[str, Tensor], codec: str = "raw") -
              for (name, t), span in zip(tensors.items(), spans)]
     header = {**header, "codec": codec, "tensors": table}
     head = zlib.compress(json.dumps(header, sort_keys=True, separators=(",", ":")).encode(), 9)
-    body = b"".join([MAGIC, struct.pack("<I", len(head)), head, *spans])
+    body = b"".join([MAGIC, len(head).to_bytes(4, "little"), head, *spans])
     return body + hashlib.sha256(body).digest()
 
 
@@ -1162,8 +1161,8 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
     start, end = len(MAGIC) + 4, len(data) - 32  # of the header; of all that the checksum covers
     require(start <= end and data[:6] == MAGIC[:6], "not a file of this script")
     require(data[:8] == MAGIC, f"container version {data[6]} is not {MAGIC[6]}")
-    matches = hashlib.sha256(data[:end]).digest() == data[end:]
-    require(matches, "checksum does not match (truncated or damaged)")
+    require(hashlib.sha256(data[:end]).digest() == data[end:],
+            "checksum does not match (truncated or damaged)")
     at = start + int.from_bytes(data[len(MAGIC):start], "little")
     require(at <= end and at - start <= MAX_HEADER_BYTES, "impossible header length")
     left = MAX_TENSOR_BYTES  # of all tensors together
