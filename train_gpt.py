@@ -1204,7 +1204,7 @@ def write_file(path: Path, data: bytes) -> int:
         os.replace(part, path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
         raise OSError(f"{path}: not written ({error.strerror}); files written before are whole: "
                       "make room, then go on with RESUME=1 and this RUN_ID") from None
     return len(data)
@@ -1219,8 +1219,7 @@ class Journal(dict):
     def __init__(self, path: Path, task: str):
         self.path, self.task, lines = path, task, path.read_bytes() if path.exists() else b""
         for line in lines.splitlines():
-            # torn, or not ours: whatever such a line provokes
-            with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
+            with contextlib.suppress(Exception):  # whatever a torn or foreign line provokes
                 found_task, first, last, value = json.loads(line)
                 if found_task == task:
                     super().__setitem__((int(first), int(last)), float(value))
@@ -1233,9 +1232,9 @@ class Journal(dict):
             file.write(f"\n{json.dumps([self.task, *span, value])}\n".encode())
 
 
-def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor], codec: str = "raw") -> int:
-    """Write a container file and return its size in bytes."""
-    return write_file(path, pack_tensors(header, tensors, codec))
+def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor]) -> int:
+    """Write a container file, not compressed, and return its size in bytes."""
+    return write_file(path, pack_tensors(header, tensors))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:

@@ -68,7 +68,7 @@ def rewritten(path, change):
     codec, raw = header.pop("codec"), header.pop("tensors")
     assert raw
     change(header, tensors)
-    train_gpt.write_tensors(path, header, tensors, codec)
+    train_gpt.write_file(path, train_gpt.pack_tensors(header, tensors, codec))
 
 
 def set_config(**changes):

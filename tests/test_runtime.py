@@ -59,7 +59,7 @@ def sample_tensors():
 def test_container_gives_back_header_and_tensors_bit_by_bit(codec, tmp_path):
     tensors, path = sample_tensors(), tmp_path / "new folder" / "file"
     header = dict(kind="x", config=dict(seed=1, ve_layers=[9, 10], rate=0.1), text="ü▁")
-    size = train_gpt.write_tensors(path, header, tensors, codec)
+    size = train_gpt.write_file(path, train_gpt.pack_tensors(header, tensors, codec))
     assert size == path.stat().st_size
     found_header, found = train_gpt.read_tensors(path, "x")
     assert {name: found_header[name] for name in header} == header
