@@ -1280,9 +1280,9 @@ def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tens
 
 def check_tensors(tensors: dict[str, Tensor], forms: dict, origin):
     """Raise ContainerError unless a file has the tensors of `forms`: name -> (shape, dtype)."""
-    for name, (shape, dtype) in forms.items():
-        found = tensors.get(name)
-        if found is None or (tuple(found.shape), found.dtype) != (tuple(shape), dtype):
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name, form in forms.items():
+        if found.get(name) != form:
             raise ContainerError(f"{origin}: tensor {name} is missing or not as configured")
 
 
