@@ -628,15 +628,15 @@ class Runtime:
     def __init__(self, env, config: Config):
         self.rank = torchrun_number(env, "RANK")
         self.world_size = torchrun_number(env, "WORLD_SIZE", 1)
-        self.is_main, self.local_rank = self.rank == 0, torchrun_number(env, "LOCAL_RANK")
+        self.is_main, local_rank = self.rank == 0, torchrun_number(env, "LOCAL_RANK")
         self.signals = Signals()
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
             raise ConfigError(["DEVICE=cuda: torch sees none; unset it or install a CUDA build"])
-        if cuda and self.local_rank >= (visible := torch.cuda.device_count()):
-            raise ConfigError([f"nproc_per_node: rank {self.local_rank} of this node has no GPU, "
+        if cuda and local_rank >= (visible := torch.cuda.device_count()):
+            raise ConfigError([f"nproc_per_node: rank {local_rank} of this node has no GPU, "
                                f"{visible} are visible; start as many processes as GPUs"])
-        self.device = torch.device("cuda", self.local_rank) if cuda else torch.device("cpu")
+        self.device = torch.device(f"cuda:{local_rank}" if cuda else "cpu")
         bf16 = cuda and torch.cuda.get_device_capability(self.device)[0] >= 8
         self.compute_dtype = torch.bfloat16 if bf16 else torch.float32
         self.compiles = cuda if config.compile_enabled is None else config.compile_enabled
@@ -645,8 +645,8 @@ class Runtime:
         torch.set_float32_matmul_precision("high" if cuda else "highest")
         if self.world_size > 1:
             # rank 0 quantises and packs alone, minutes long, while the others wait for it
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout_seconds))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                    timeout=timedelta(seconds=config.dist_timeout_seconds))
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
@@ -699,7 +699,7 @@ class Runtime:
         """Return rank 0's value (text, number, bytes) on every rank."""
         box = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value) -> list:
@@ -714,21 +714,21 @@ class Runtime:
 
         A ValueError or OSError becomes a ConfigError on every rank; one rank raises it as it is.
         """
-        def attempt():
-            try:
-                return function(*args), None
-            except (ValueError, OSError) as error:
-                return None, str(error)
-
         if self.world_size == 1:
             return function(*args)
-        result, fault = self.share(attempt() if self.is_main else None)
+        result = fault = None
+        if self.is_main:
+            try:
+                result = function(*args)
+            except (ValueError, OSError) as error:
+                fault = str(error)
+        result, fault = self.share((result, fault))
         if fault is not None:
             raise ConfigError([fault], shared=True)
         return result
 
     def close(self):
-        if self.world_size > 1 and dist.is_initialized():
+        if self.world_size > 1:
             dist.destroy_process_group()
 
     def peak_memory_mib(self) -> tuple[int, int]:
@@ -741,16 +741,17 @@ class Runtime:
         """Return what this machine has that the run cannot use."""
         if self.device.type == "cuda" and self.compute_dtype == torch.float32:
             return ["this GPU has no bf16: computing in fp32, slowly"]
-        apple = self.device.type == "cpu" and torch.backends.mps.is_available()
-        return ["Apple GPU not used: computing on the CPU in fp32"] if apple else []
+        if torch.backends.mps.is_available():
+            return ["Apple GPU not used: computing on the CPU in fp32"]
+        return []
 
     def describe(self) -> dict:
         """Return hardware and versions, for the log."""
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else platform.processor()
-        dtype = str(self.compute_dtype).removeprefix("torch.")
         return dict(device=self.device.type, device_name=name or platform.machine(),
-                    world_size=self.world_size, compute_dtype=dtype,
+                    world_size=self.world_size,
+                    compute_dtype=str(self.compute_dtype).removeprefix("torch."),
                     threads=torch.get_num_threads(), python=platform.python_version(),
                     torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
@@ -773,8 +774,8 @@ def is_main_rank(env) -> bool:
 def contact_lost(error: Exception) -> bool:
     """Return whether an error means that another rank died, hangs, or left."""
     # gloo raises plain RuntimeErrors; the last is its word after a first collective timed out
-    words = ("gloo", "pair closure")
-    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+    found = re.search("(?i)gloo|pair closure", str(error))
+    return isinstance(error, dist.DistError) or found is not None
 
 
 def resident_peak_bytes() -> int:
