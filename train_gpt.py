@@ -34,7 +34,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
@@ -816,13 +815,13 @@ class Signals:
     def __init__(self):
         self.number, self.since, self.deferred, self.before = 0, 0.0, False, {}
 
-    def handle(self, number, frame):
-        if self.number and time.monotonic() - self.since > 1:
-            os._exit(128 + number)
+    def handle(self, number, *_):
         if not self.number:
-            self.number, self.since = number, time.monotonic()
+            self.number, self.since = number, time.perf_counter()
             if not self.deferred:
                 raise Interrupted(number)
+        elif time.perf_counter() - self.since > 1:
+            os._exit(128 + number)
 
     def release(self):
         """Defer no longer; raises Interrupted for a signal kept until now."""
@@ -831,10 +830,8 @@ class Signals:
             raise Interrupted(self.number)
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.handle)
-                           for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.before[number] = signal.signal(number, self.handle)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
