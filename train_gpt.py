@@ -854,37 +854,33 @@ def without_gc():
 class Clock:
     """Says where the seconds of a process go. Spans nest: an inner one pauses the outer.
 
-    Spans named in ON_CLOCK are what the wallclock limit counts: steps and all that reads
-    training text. `sync` waits for the device at both ends of a span.
+    `sync` waits for the device at both ends of a span.
     """
-
-    ON_CLOCK = ("train", "calibrate")
 
     def __init__(self, now=time.perf_counter, sync=lambda: None, start_seconds=0.0):
         self.now, self.sync, self.since = now, sync, now()
-        self.seconds, self.running = {"start": start_seconds}, ["other"]
+        self.seconds, self.running = Counter(start=start_seconds), "other"
 
     def _book(self):
-        current, name = self.now(), self.running[-1]
-        self.seconds[name] = self.seconds.get(name, 0.0) + current - self.since
-        self.since = current
+        before, self.since = self.since, self.now()
+        self.seconds[self.running] += self.since - before
 
     @contextlib.contextmanager
     def span(self, name: str):
         self.sync()
         self._book()
-        self.running.append(name)
+        outer, self.running = self.running, name
         try:
             yield
         finally:
             self.sync()
             self._book()
-            self.running.pop()
+            self.running = outer
 
     def training_seconds(self) -> float:
-        """Return the seconds counted against the limit so far."""
+        """Return the seconds that the wallclock limit counts: steps and all that reads text."""
         self._book()
-        return sum(self.seconds.get(name, 0.0) for name in self.ON_CLOCK)
+        return self.seconds["train"] + self.seconds["calibrate"]
 
     def ledger(self) -> dict[str, float]:
         self._book()
