@@ -894,24 +894,22 @@ class Pacer:
     spread, so a jittery machine keeps a wide berth and a steady one about one step. A step of
     three times the median is a mishap, not the machine's pace, and is left out. Reading the clock
     makes every rank wait for its device and for the others, so far from the end it is read about
-    every two seconds and carried forward in between, by numbers all ranks agreed on.
+    every two seconds, at most 20 steps apart, and carried forward in between, by numbers all ranks
+    agreed on.
     """
 
-    SLACK_SECONDS = 0.1  # the operating system's own hiccups, which short steps do not cover
-    CHECK_SECONDS, CHECK_STEPS = 2.0, 20
-
     def __init__(self, budget_seconds: float, elapsed_seconds: float = 0.0):
-        self.budget_seconds, self.expected = budget_seconds, 0.0
+        self.budget_seconds, self.expected = budget_seconds or math.inf, 0.0
         self.recent = []  # seconds of a step, at the last eight readings
         self.last_elapsed, self.steps_since, self.next_reading = elapsed_seconds, 0, 0
 
     def expect(self, step_seconds: float):
         """Steps now last about `step_seconds` (from warm-up; 0: unknown); their jitter stays."""
-        if step_seconds and self.expected:
-            self.recent = [seconds * step_seconds / self.expected for seconds in self.recent]
-        elif step_seconds:
-            self.recent = [step_seconds]
-        self.expected, self.next_reading = step_seconds or self.expected, 0
+        if step_seconds:
+            self.recent = [seconds * step_seconds / self.expected
+                           for seconds in self.recent] or [step_seconds]
+            self.expected = step_seconds
+        self.next_reading = 0
 
     def elapsed(self, read) -> float:
         """Return all ranks' training clock; call once before each step.
@@ -925,26 +923,22 @@ class Pacer:
             seconds, steps = read(), max(1, self.steps_since)
             if seconds > self.last_elapsed:
                 self.recent = [*self.recent, (seconds - self.last_elapsed) / steps][-8:]
-            self.last_elapsed, self.steps_since = seconds, 0
-            self.next_reading = self.steps_to_skip()
+            self.last_elapsed, self.steps_since, self.next_reading = seconds, 0, 0
+            if len(self.recent) == 8:
+                longest = max(self.recent)
+                # even steps four times as long leave the budget unspent until then
+                safe = (self.budget_seconds - seconds) / (4 * longest) - 1
+                self.next_reading = int(min(safe, 2 / longest, 20))
         self.steps_since += 1
         return seconds
 
-    def steps_to_skip(self) -> int:
-        """Return after how many steps the clock is read again."""
-        if len(self.recent) < 8:
-            return 0
-        left = self.budget_seconds - self.last_elapsed if self.budget_seconds else math.inf
-        # even steps four times as long as the longest leave the budget unspent until then
-        safe = left / (4 * max(self.recent)) - 1
-        return int(max(0, min(safe, self.CHECK_SECONDS / max(self.recent), self.CHECK_STEPS)))
-
     def fits(self) -> bool:
-        if not self.budget_seconds or not self.recent or self.next_reading:
+        if not self.recent or self.next_reading > 0:
             return True
-        median = sorted(self.recent)[len(self.recent) // 2]
-        usual = [seconds for seconds in self.recent if seconds < 3 * median]
-        expected = 2 * max(usual) - min(usual) + self.SLACK_SECONDS
+        ordered = sorted(self.recent)
+        usual = [seconds for seconds in ordered if seconds < 3 * ordered[len(ordered) // 2]]
+        # 0.1 s for the operating system's own hiccups, which short steps do not cover
+        expected = 2 * usual[-1] - usual[0] + 0.1
         return self.last_elapsed + expected <= self.budget_seconds
 
 
