@@ -1021,19 +1021,15 @@ def strict(value):
 class Log:
     """Events of a run: one JSON object a line in events.jsonl, one readable line in the text log.
 
-    Only rank 0 writes. Without folders it prints alone (`--check`).
+    Only rank 0 writes. paths: events.jsonl, the text log; without them it prints alone.
     """
 
-    def __init__(self, is_main: bool, text_path: Path | None = None,
-                 events_path: Path | None = None):
-        self.is_main, self.shown_at = is_main, 0.0
-        self.text_file = self.events_file = None
-        if is_main and text_path and events_path:
-            for path in (text_path, events_path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, is_main: bool, *paths: Path):
+        self.is_main, self.shown_at, self.files = is_main, 0.0, []
+        for path in paths if is_main else ():
+            path.parent.mkdir(parents=True, exist_ok=True)
             # line-buffered: what was logged is on disk when a run is killed
-            self.text_file = open(text_path, "a", buffering=1, encoding="utf-8")
-            self.events_file = open(events_path, "a", buffering=1, encoding="utf-8")
+            self.files.append(open(path, "a", buffering=1, encoding="utf-8"))
 
     def event(self, kind: str, console: bool = True, **fields):
         """Record one event of EVENTS; console=False keeps a long one out of the terminal."""
@@ -1041,12 +1037,12 @@ class Log:
             return
         line = EVENTS[kind].format(**fields)
         public = {name: v for name, v in fields.items() if not name.startswith("text_")}
+        record = json.dumps(strict({"event": kind, **public}))
         try:
-            if self.text_file and self.events_file:
-                self.events_file.write(json.dumps(strict({"event": kind, **public})) + "\n")
-                self.text_file.write(line + "\n")
+            for file, text in zip(self.files, (record, line)):
+                file.write(text + "\n")
         except OSError as error:  # a full disk: the run is worth more than its log
-            self.text_file = self.events_file = None
+            self.files = []
             self.show(f"warning: logging to the console only: {error}")
         if console:
             self.clear()
@@ -1074,9 +1070,8 @@ class Log:
             self.shown_at = 0.0
 
     def close(self):
-        for file in (self.text_file, self.events_file):
-            if file:
-                file.close()
+        for file in self.files:
+            file.close()
 
 
 # == 2b Files: the container, written whole or not at all ==========================================
@@ -4378,7 +4373,7 @@ def run(env, check: bool):
         begins = not files.identity.exists()
         if runtime.is_main and begins:
             write_file(files.identity, json.dumps(identity(config), indent=1).encode())
-        log = Log(runtime.is_main, files.text_log, files.events)
+        log = Log(runtime.is_main, files.events, files.text_log)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
         session = Session(config, runtime, log, clock, files, attend, name)
         log_head(session, env, report)

@@ -36,7 +36,7 @@ def session_of(env, folder, run_id):
     """Return a Session as the script makes it, without its preflight."""
     config = train_gpt.load_config({name: str(value) for name, value in env.items()})
     files = train_gpt.RunFiles(run_id)
-    log = train_gpt.Log(True, files.text_log, files.events)
+    log = train_gpt.Log(True, files.events, files.text_log)
     return train_gpt.Session(config, train_gpt.Runtime({}, config), log, train_gpt.Clock(), files)
 
 

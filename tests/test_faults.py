@@ -469,7 +469,7 @@ FULL_LOG = """
 init = train_gpt.Log.__init__
 def full(log, *args):
     init(log, *args)
-    log.text_file = open("/dev/full", "a", buffering=1)
+    log.files[1] = open("/dev/full", "a", buffering=1)
 train_gpt.Log.__init__ = full
 """
 

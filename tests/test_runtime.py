@@ -486,13 +486,13 @@ PUBLISHED_LINES = [
 
 @pytest.fixture
 def log(tmp_path):
-    log = Log(True, tmp_path / "logs" / "run.txt", tmp_path / "runs" / "run" / "events.jsonl")
+    log = Log(True, tmp_path / "runs" / "run" / "events.jsonl", tmp_path / "logs" / "run.txt")
     yield log
     log.close()
 
 
 def text_of(log):
-    return Path(log.text_file.name).read_text(encoding="utf-8")
+    return Path(log.files[1].name).read_text(encoding="utf-8")
 
 
 def events_of(log):
@@ -500,7 +500,7 @@ def events_of(log):
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
 
-    lines = Path(log.events_file.name).read_text(encoding="utf-8").splitlines()
+    lines = Path(log.files[0].name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
@@ -550,7 +550,7 @@ def test_events_stay_json_when_a_loss_is_not_finite(log):
 
 
 def test_only_rank_zero_writes(tmp_path, capsys):
-    log = Log(False, tmp_path / "logs" / "x.txt", tmp_path / "events.jsonl")
+    log = Log(False, tmp_path / "events.jsonl", tmp_path / "logs" / "x.txt")
     log.event("ema")
     log.progress("training", 1, 2, 0.0)
     log.close()
@@ -559,7 +559,7 @@ def test_only_rank_zero_writes(tmp_path, capsys):
 
 def test_log_goes_on_where_an_earlier_one_stopped(log):
     log.event("ema")
-    again = Log(True, Path(log.text_file.name), Path(log.events_file.name))
+    again = Log(True, *(Path(file.name) for file in log.files))
     again.event("collecting", console=False)
     again.close()
     assert [event["event"] for event in events_of(log)] == ["ema", "collecting"]
