@@ -1055,14 +1055,14 @@ class Log:
 
     def progress(self, label: str, done: int, total: int, since: float):
         """Show `label 45 % ETA 12 s` on a terminal, twice a second at most; nothing in a file."""
-        now, unfinished = time.perf_counter(), done < total
-        if not self.is_main or not sys.stderr.isatty() or unfinished and now - self.shown_at < 0.5:
-            return
-        eta = (now - since) / max(done, 1) * (total - done)
-        text = f"{label} {100 * done / total:.0f} % ETA {eta:.0f} s" if unfinished else ""
-        sys.stderr.write("\r\x1b[K" + text)
-        sys.stderr.flush()
-        self.shown_at = now
+        now = time.perf_counter()
+        if done >= total:
+            self.clear()
+        elif self.is_main and sys.stderr.isatty() and now - self.shown_at >= 0.5:
+            eta = (now - since) / max(done, 1) * (total - done)
+            text = f"{label} {100 * done / total:.0f} % ETA {eta:.0f} s"
+            sys.stderr.write("\r\x1b[K" + text)  # the carriage return flushes it
+            self.shown_at = now
 
     def clear(self):
         if self.shown_at:
