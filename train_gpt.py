@@ -31,7 +31,6 @@ import platform
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -4341,7 +4340,7 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
     config = load_config(env)
     runtime = Runtime(env, config)
-    tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}")
     files = RunFiles(config.run_id or tag)
     first = files.stage_input(config)
     found = runtime.share(bool(first and first[0].is_file()))  # rank 0's disk holds the files
