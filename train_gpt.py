@@ -3181,12 +3181,9 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
 class Score:
     """Sums over scored targets: nats (natural-log loss), tokens, bytes."""
 
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-    def __add__(self, other: Score) -> Score:
-        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+    nats: float
+    tokens: int
+    bytes: int
 
     loss = property(lambda self: self.nats / self.tokens)
     bpb = property(lambda self: self.nats / math.log(2) / self.bytes)
@@ -3202,24 +3199,13 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarra
     return starts, np.where(starts == 0, 0, seq_len - stride)
 
 
-@dataclass(frozen=True)
-class WindowBatch:
-    """Some windows with one first scored position: tokens, targets, and which of these count.
-
-    span: the targets counted, which lie side by side.
-    """
-
-    tokens_BT: Tensor
-    targets_BS: Tensor
-    counted_BS: Tensor
-    span: tuple[int, int]
-
-
 def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Runtime):
     """Yield this rank's windows in batches of one static shape per first scored position.
 
-    windows: (seq_len, stride, windows per batch). Batches are cut out of the text on the device;
-    the last one is filled up with windows past the end, which count nothing.
+    A batch: tokens (B, T), targets (B, S), which of these count (B, S), and the span of those that
+    do, which lie side by side. windows: (seq_len, stride, windows per batch). Batches are cut out
+    of the text on the device; the last one is filled up with windows past the end, which count
+    nothing.
     """
     (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
@@ -3237,8 +3223,7 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
             some = np.concatenate([some, np.full(size - len(some), num_targets)])
             where = torch.from_numpy(some).to(runtime.device)[:, None] + place
             inside, scored = where < num_targets, where[:, first:]
-            yield WindowBatch((tokens[where] * inside).long(), tokens[scored + 1].long(),
-                              inside[:, first:], span)
+            yield (tokens[where] * inside).long(), tokens[scored + 1].long(), inside[:, first:], span
 
 
 STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: what a kill may cost
@@ -3252,25 +3237,27 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
     for each stretch of batches. journal: mapping of a stretch's first and last target to its nats;
     what it holds is not computed again.
     """
-    seq_len, _, batch = windows
+    seq_len, stride, batch = windows
     journal = {} if journal is None else journal
-    planned = len(plan_windows(len(text.target_bytes), *windows[:2])[0]) // runtime.world_size
-    total, tokens, target_bytes, done, since = 0.0, 0, 0, 0, time.perf_counter()
+    starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
+    planned = len(starts) // runtime.world_size
+    sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
     batches, at_once = window_batches(text, windows, runtime), STRETCH_TOKENS // (batch * seq_len)
     with torch.inference_mode():
         while stretch := list(itertools.islice(batches, max(1, at_once))):
-            span = stretch[0].span[0], stretch[-1].span[1]
+            spans = [span for *_, span in stretch]
+            span = spans[0][0], spans[-1][1]
             if span not in journal:
-                nats = [losses_of(part.tokens_BT, part.targets_BS).double()
-                        .masked_fill(~part.counted_BS, 0.0).sum() for part in stretch]
+                nats = [losses_of(tokens, targets).double().masked_fill(~counted, 0.0).sum()
+                        for tokens, targets, counted, _ in stretch]
                 journal[span] = torch.stack(nats).sum().item()
-            total, tokens = total + journal[span], tokens + span[1] - span[0]
-            target_bytes += int(text.target_bytes[slice(*span)].sum())
-            done += sum(len(part.tokens_BT) for part in stretch)
+            scored = text.target_bytes[slice(*span)]
+            sums += torch.tensor([journal[span], len(scored), scored.sum()], dtype=torch.float64)
+            done += sum(len(tokens) for tokens, *_ in stretch)
             if progress:
                 progress(min(done, planned), max(1, planned), since)
-    sums = runtime.sum_(torch.tensor([total, tokens, target_bytes], dtype=torch.float64))
-    return Score(sums[0].item(), int(sums[1]), int(sums[2]))
+    total, *counts = runtime.sum_(sums).tolist()
+    return Score(total, *map(int, counts))
 
 
 # == 10 Train =====================================================================================

@@ -125,11 +125,12 @@ def test_ranks_share_the_windows(plan, batch, world_size):
     text, found, counts = numbered_text(num_targets), [], []
     for rank in range(world_size):
         mine, shapes = [], set()
-        for part in window_batches(text, (seq_len, stride, batch), Rank(rank, world_size)):
-            firsts = part.tokens_BT[:, 0].numpy()
+        for tokens, targets, *_ in window_batches(text, (seq_len, stride, batch),
+                                                  Rank(rank, world_size)):
+            firsts = tokens[:, 0].numpy()
             mine += (firsts[firsts > 0] - 1).tolist()
-            shapes.add((part.targets_BS.shape[1], part.tokens_BT.shape))
-            assert len(firsts) <= batch and part.tokens_BT.shape[1] == seq_len
+            shapes.add((targets.shape[1], tokens.shape))
+            assert len(firsts) <= batch and tokens.shape[1] == seq_len
         assert len(shapes) == len({scored for scored, _ in shapes})
         found += mine
         counts.append(len(mine))
@@ -141,17 +142,18 @@ def test_ranks_share_the_windows(plan, batch, world_size):
 def test_batches_hold_tokens_their_targets_and_padding(plan, batch):
     num_targets, seq_len, stride = plan
     counted = []
-    for part in window_batches(numbered_text(num_targets), (seq_len, stride, batch), Rank()):
-        tokens, targets = part.tokens_BT.numpy(), part.targets_BS.numpy()
+    for *arrays, span in window_batches(numbered_text(num_targets), (seq_len, stride, batch),
+                                        Rank()):
+        tokens, targets, counts = (x.numpy() for x in arrays)
         inside = tokens[:, -targets.shape[1]:] > 0
-        assert np.array_equal(part.counted_BS.numpy(), inside)
+        assert np.array_equal(counts, inside)
         assert (targets[inside] == tokens[:, -targets.shape[1]:][inside] + 1).all()
         for row in tokens:
             real = row[row > 0]
             assert np.array_equal(row[:len(real)], np.arange(len(real)) + row[0])
             if len(real):
                 assert real[-1] == min(row[0] + seq_len - 1, num_targets)
-        assert np.array_equal(np.sort(targets[inside] - 2), np.arange(*part.span))
+        assert np.array_equal(np.sort(targets[inside] - 2), np.arange(*span))
         counted += (targets[inside] - 2).tolist()
     assert sorted(counted) == list(range(num_targets))
 
@@ -239,9 +241,8 @@ def test_progress_reaches_the_end():
 # ---- the number ----------------------------------------------------------------------------
 
 
-def test_scores_add():
-    total = Score(10.0, 4, 9) + Score(2.0, 1, 3)
-    assert total == Score(12.0, 5, 12) and Score() + total == total
+def test_a_score_is_nats_a_token_and_bits_a_byte():
+    total = Score(12.0, 5, 12)
     assert total.loss == pytest.approx(2.4)
     assert total.bpb == pytest.approx(12 / math.log(2) / 12)
 
