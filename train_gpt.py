@@ -2701,7 +2701,7 @@ CLASSES, PER_OCTAVE, LEAST_CLASS = 48, 4, -12  # of codes by their size: 48 quar
 RANS_BITS, RANS_LANES, RANS_LEAST = 14, 1024, 1 << 16
 
 
-def size_classes(codes_RC: Tensor) -> tuple[Tensor, Tensor]:
+def size_classes(codes_RC: Tensor) -> list[Tensor]:
     """Return the size class of each row (R,) and of each column (C,) of codes, int8.
 
     A class is the logarithm of a root mean square, quarter octaves; columns relative to the rows.
@@ -2709,8 +2709,7 @@ def size_classes(codes_RC: Tensor) -> tuple[Tensor, Tensor]:
     squares = codes_RC.double().square()
     rows = squares.mean(1).clamp_min(2.0 ** -6)
     columns = (squares / rows[:, None]).mean(0).clamp_min(2.0 ** -6)
-    classes = [(0.5 * PER_OCTAVE * x.log2()).round().to(torch.int8) for x in (rows, columns)]
-    return classes[0], classes[1]
+    return [(0.5 * PER_OCTAVE * x.log2()).round().to(torch.int8) for x in (rows, columns)]
 
 
 def element_classes(rows: Tensor, columns: Tensor) -> Tensor:
@@ -2749,10 +2748,16 @@ def rans_tables(counts: Tensor) -> np.ndarray:
     return tables
 
 
-def lane_slices(count: int) -> list[slice]:
-    """Return which codes are coded at once, one in each lane."""
-    lanes = max(1, min(RANS_LANES, count >> 13))
-    return [slice(at, min(at + lanes, count)) for at in range(0, count, lanes)]
+def rans_lanes(count: int) -> int:
+    """Return how many of `count` codes are coded at once."""
+    return max(1, min(RANS_LANES, count >> 13))
+
+
+def rans_cells(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return frequencies and where each one's slots start, uint64, of the cells class * 256 + code.
+    """
+    starts = np.cumsum(tables, axis=1) - tables
+    return tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
 
 
 def rans_encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray):
@@ -2761,49 +2766,45 @@ def rans_encode(symbols: np.ndarray, classes: np.ndarray, tables: np.ndarray):
     Interleaved range asymmetric numeral systems, last symbol first. Source: J. Duda,
     arXiv 1311.2540; F. Giesen, arXiv 1402.3392 (interleaving).
     """
-    starts = np.cumsum(tables, axis=1) - tables
-    where = classes.astype(np.int64) * 256 + symbols
-    slices, words = lane_slices(len(symbols)), []
-    state = np.full(slices[0].stop if slices else 1, RANS_LEAST, np.uint64)
-    tables, starts = tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
-    for part in reversed(slices):
-        frequency, start = tables[where[part]], starts[where[part]]
-        x = state[:len(frequency)]
-        full = x >= frequency << np.uint64(32 - RANS_BITS)
+    frequencies, starts = rans_cells(tables)
+    cells, lanes = classes.astype(np.int64) * 256 + symbols, rans_lanes(len(symbols))
+    state, words = np.full(lanes, RANS_LEAST, np.uint64), [np.zeros(0, np.uint16)]
+    for at in reversed(range(0, len(cells), lanes)):
+        cell = cells[at:at + lanes]
+        x, frequency = state[:len(cell)], frequencies[cell]
+        full = x >= frequency << 32 - RANS_BITS
         words.append(x[full].astype(np.uint16))
-        x = np.where(full, x >> np.uint64(16), x)
-        state[:len(x)] = (x // frequency << np.uint64(RANS_BITS)) + x % frequency + start
-    stream = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint16)
-    return stream, state.astype("<u4").view("<u2")
+        x = np.where(full, x >> 16, x)
+        state[:len(x)] = (x // frequency << RANS_BITS) + x % frequency + starts[cell]
+    return np.concatenate(words[::-1]), state.astype("<u4").view("<u2")
 
 
 def rans_decode(stream: np.ndarray, states: np.ndarray, classes: np.ndarray, tables: np.ndarray):
     """Return the symbols (n,) uint8 that `rans_encode` was given; ValueError on damaged input."""
-    slices, whole, at = lane_slices(len(classes)), 1 << RANS_BITS, 0
+    lanes, whole, read = rans_lanes(len(classes)), 1 << RANS_BITS, 0
     state = states.view("<u4").astype(np.uint64)
     used = np.unique(classes)
-    if (tables < 0).any() or (tables[used].sum(1) != whole).any() or len(state) != (
-            slices[0].stop if slices else 1):
+    if (tables < 0).any() or (tables[used].sum(1) != whole).any() or len(state) != lanes:
         raise ValueError("impossible frequencies or states")
-    starts = np.cumsum(tables, axis=1) - tables
+    frequencies, starts = rans_cells(tables)
     lookup = np.zeros((CLASSES, whole), np.uint8)
     for k in used:
         lookup[k] = np.repeat(np.arange(256), tables[k])
     symbols, rows = np.empty(len(classes), np.uint8), classes.astype(np.int64)
-    tables, starts = tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
-    flat = lookup.ravel()
-    for part in slices:
-        x, row = state[:part.stop - part.start], rows[part]
-        slot = x & np.uint64(whole - 1)
-        symbols[part] = symbol = flat[row * whole + slot.astype(np.int64)]
+    for at in range(0, len(rows), lanes):
+        row = rows[at:at + lanes]
+        x = state[:len(row)]
+        slot = x & (whole - 1)
+        symbols[at:at + lanes] = symbol = lookup[row, slot]
         cell = row * 256 + symbol
-        x = tables[cell] * (x >> np.uint64(RANS_BITS)) + slot - starts[cell]
+        x = frequencies[cell] * (x >> RANS_BITS) + slot - starts[cell]
         low = np.flatnonzero(x < RANS_LEAST)
-        if at + len(low) > len(stream):
+        words = stream[read:read + len(low)]
+        if len(words) < len(low):
             raise ValueError("the stream of codes ends early")
-        x[low] = x[low] << np.uint64(16) | stream[at:at + len(low)]
-        state[:len(x)], at = x, at + len(low)
-    if at != len(stream) or (state != RANS_LEAST).any():
+        x[low] = x[low] << 16 | words
+        state[:len(x)], read = x, read + len(low)
+    if read != len(stream) or (state != RANS_LEAST).any():
         raise ValueError("the stream of codes does not end where it should")
     return symbols
 
@@ -2816,7 +2817,7 @@ def encode_codes(codes: Tensor, classes: Tensor, coder: str) -> dict[str, Tensor
     if coder != "rans":
         return {f"codes.{k}": codes[classes == k] for k in classes.unique().tolist()}
     tables = rans_tables(class_counts(codes, classes))
-    symbols = (codes.numpy().astype(np.int16) + 128).astype(np.uint8)
+    symbols = codes.numpy().view(np.uint8) ^ 128  # code + 128
     stream, states = rans_encode(symbols, classes.numpy(), tables)
     found = {"tables": tables.astype(np.int16), "states": states.view(np.int16),
              "stream": stream.view(np.int16)}
@@ -2838,7 +2839,7 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
         raise ValueError("tables, states or stream of another form")
     symbols = rans_decode(stream.view(np.uint16), states.view("<u2"), classes.numpy(),
                           tables.reshape(CLASSES, 256).astype(np.int64))
-    return torch.from_numpy((symbols.astype(np.int16) - 128).astype(np.int8))
+    return torch.from_numpy((symbols ^ 128).view(np.int8))
 
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
