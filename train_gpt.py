@@ -2277,11 +2277,6 @@ def step_sizes(radius_NR: Tensor, spec: QuantSpec) -> Tensor:
     return steps
 
 
-def stored_steps(steps: Tensor) -> Tensor:
-    """Return the steps as reading them back gives them: fp32 values that fp16 holds."""
-    return steps.half().float()
-
-
 def round_to_nearest(w_NRC: Tensor, radius_NR: Tensor, steps_NR: Tensor, max_code: int) -> Tensor:
     """Return codes (N, R, C) int8, each weight clipped to its row's radius and rounded alone."""
     clipped = w_NRC.clamp(-radius_NR[:, :, None], radius_NR[:, :, None])
@@ -2317,10 +2312,9 @@ def factor_hessians(hessian_NCC: Tensor, ordered: bool = True) -> Factors:
     mean = diagonal.mean(dim=1, keepdim=True)
     damp = torch.full_like(mean, GPTQ_DAMP)
     diagonal.add_(damp * mean)
-    order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else (
-        torch.arange(hessian.shape[1], device=hessian.device).expand_as(diagonal))
-    rows, columns = (order.unsqueeze(dim).expand_as(hessian) for dim in (2, 1))
-    hessian = hessian.gather(1, rows).gather(2, columns)
+    # equal keys keep their places
+    order = (diagonal * ordered).argsort(dim=1, descending=True, stable=True)
+    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     while True:
         lower, info = torch.linalg.cholesky_ex(hessian.flip(1, 2))
         failed = info > 0
@@ -2334,7 +2328,7 @@ def factor_hessians(hessian_NCC: Tensor, ordered: bool = True) -> Factors:
         hessian.diagonal(dim1=1, dim2=2).add_(extra * mean)
         damp += extra
     # from behind, H = R RT with R upper: its inverse is the upper factor of H^-1
-    one = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+    one = torch.eye(hessian.shape[1]).to(hessian)
     upper = torch.linalg.solve_triangular(lower.flip(1, 2), one, upper=True)
     return Factors(order, upper.to(hessian_NCC.dtype), dead, damp[:, 0])
 
@@ -2350,17 +2344,16 @@ def steps_from_codes(codes: Tensor) -> Tensor:
     return table.to(codes.device)[codes.long() + 128]
 
 
-def sensitive_steps(fisher_NR: Tensor, factors: Factors, powers: tuple[float, float]):
+def sensitive_steps(fisher_NR: Tensor, factors: Factors, row_power: float, column_power: float):
     """Return log2 of row steps (N, R) and of column steps (N, C) that equalise expected loss.
 
     fisher: mean squared gradient of each row's output. An error e in column c of row r costs
     fisher_r (e / d_c)^2 with d the diagonal of the inverse Hessian's factor; the bits of a row are
-    best spent with steps ~ fisher^(-1/2) d (reverse water-filling). powers: (row_power: 0 keeps
-    only a tensor's mean, column_power: share of d that columns follow, the rest is in the rows).
+    best spent with steps ~ fisher^(-1/2) d (reverse water-filling). row_power: 0 keeps only a
+    tensor's mean; column_power: share of d that columns follow, the rest is in the rows.
     """
-    row_power, column_power = powers
-    spread = torch.empty_like(factors.upper_NCC[:, 0]).scatter_(
-        1, factors.order_NC, factors.upper_NCC.diagonal(dim1=1, dim2=2)).double().log2()
+    spread = factors.upper_NCC.diagonal(dim1=1, dim2=2).gather(1, factors.order_NC.argsort(1))
+    spread = spread.double().log2()
     level = spread.mean(dim=1, keepdim=True)
     fisher = fisher_NR.double()
     mean = fisher.mean(dim=1, keepdim=True).clamp_min(1e-30)
@@ -2378,10 +2371,11 @@ def couple_rows(outputs_NRR: Tensor) -> tuple[Tensor, Tensor]:
     (arXiv 1503.05671), two-sided feedback as in YAQA (arXiv 2505.22988).
     """
     # gradients are small: a row without any counts as 1, as a dead input does, against a mean of 1
-    scale = outputs_NRR.double().diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)[:, None]
-    factors = factor_hessians(outputs_NRR.double() / scale[:, None], ordered=False)
+    outputs = outputs_NRR.double()
+    scale = outputs.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)[:, None]
+    factors = factor_hessians(outputs / scale[:, None], ordered=False)
     count, rows = factors.dead_NC.shape
-    upper = torch.eye(rows + -rows % 3, dtype=scale.dtype, device=scale.device).repeat(count, 1, 1)
+    upper = torch.eye(rows + -rows % 3).to(scale).repeat(count, 1, 1)
     upper[:, :rows, :rows] = factors.upper_NCC
     threes = upper.unfold(1, 3, 3).unfold(2, 3, 3).diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)
     inverse = torch.linalg.inv(threes)
@@ -2412,9 +2406,9 @@ def trellis_paths() -> Tensor:
     Subset 2 h + p holds the codes of parity p counted in states of kind h = state // 4.
     """
     paths = torch.empty(3, 8, 8, dtype=torch.int64)
-    for origin, bits in itertools.product(range(8), range(8)):
+    for origin, *parities in itertools.product(range(8), (0, 1), (0, 1), (0, 1)):
         state, subsets = origin, []
-        for parity in (bits & 1, bits >> 1 & 1, bits >> 2):
+        for parity in parities:
             subsets.append(2 * (state // 4) + parity)
             state = int(TRELLIS[state, parity])
         paths[:, state, origin] = torch.tensor(subsets)
@@ -2518,8 +2512,8 @@ class TrellisWave:
         count, columns, _ = work_NCR.shape
         goals = self.in_spans(work_NCR.flip(1)).permute(2, 1, 0, 3)  # (S, C, N, L)
         self.goals, self.levels = goals.contiguous(), torch.zeros_like(goals)
-        self.left, self.decided = (goals.new_zeros([goals.shape[i] for i in order])
-                                   for order in ((0, 2, 1, 3), (1, 2, 0, 3)))
+        self.left = goals.new_zeros(len(goals), count, columns, SPAN)
+        self.decided = goals.new_zeros(columns, count, len(goals), SPAN)
         self.upper = upper_NCC.flip(1, 2).permute(2, 0, 1)[:, :, None].contiguous()
         self.scale = scale_NC.flip(1).T[..., None]
         # of each column: what the span coded last was to be, its ways by their last states
@@ -2559,11 +2553,11 @@ class TrellisWave:
 
 def trellis_levels(codes_RC: Tensor) -> Tensor:
     """Return the levels (R, C), fp32, in steps, that int8 codes stand for, a path a column."""
-    levels, following = codes_RC.float(), TRELLIS.flatten().to(codes_RC.device)
-    state = torch.zeros_like(codes_RC[0], dtype=torch.int64)
-    for row, parity in zip(levels, codes_RC & 1):
+    levels, following = codes_RC.float(), TRELLIS.to(codes_RC.device)
+    state = torch.zeros_like(codes_RC[0]).long()
+    for row, parity in zip(levels, codes_RC.long() & 1):
         row -= 0.5 * (state >= 4)
-        state = following[2 * state + parity]
+        state = following[state, parity]
     return levels
 
 
@@ -2588,12 +2582,11 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     answers of `couple_rows`, by which errors reach the rows below as well, or UNCOUPLED.
     Source: GPTQ (arXiv 2210.17323), blocks of 128 columns.
     """
-    count, rows, columns = w_NRC.shape
-    order = factors.order_NC[:, :, None].expand(count, columns, rows)
+    order = factors.order_NC[:, :, None]
     upper, steps = factors.upper_NCC, steps_NR.to(w_NRC.dtype)[:, :, None]
     upper = upper / upper.diagonal(dim1=1, dim2=2)[:, :, None]  # what an error of 1 moves
     work = w_NRC.masked_fill(factors.dead_NC[:, None, :], 0.0) / steps
-    work = work.transpose(1, 2).gather(1, order)
+    work = work.transpose(1, 2).take_along_dim(order, 1)
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
     if trellis is None:
@@ -2601,12 +2594,12 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     else:
         code = TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code
     codes = torch.empty_like(work, dtype=torch.int8)
-    for start in range(0, columns, GPTQ_BLOCK):
+    for start in range(0, work.shape[1], GPTQ_BLOCK):
         at, after = slice(start, start + GPTQ_BLOCK), slice(start + GPTQ_BLOCK, None)
         levels, left = code(work[:, at], upper[:, at, at], scale[:, at])
         codes[:, at] = levels.ceil()  # a level between whole ones is of the code above
         work[:, after] -= upper[:, at, after].transpose(1, 2) @ left
-    return torch.empty_like(codes).scatter_(1, order, codes).transpose(1, 2).contiguous()
+    return codes.take_along_dim(order.argsort(1), 1).transpose(1, 2).contiguous()
 
 
 def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: Tensor) -> Tensor:
@@ -2617,19 +2610,18 @@ def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: 
     upper, order = factors.upper_NCC, factors.order_NC
     scale = columns_NC.to(upper.dtype).gather(1, order)
     shares = upper * (scale / upper.diagonal(dim1=1, dim2=2))[:, :, None] / scale[:, None]
-    moved = torch.empty_like(scale).scatter_(1, order, shares.square().sum(1) - 1)[:, None]
+    moved = (shares.square().sum(1) - 1).gather(1, order.argsort(1))[:, None]
     if answers.numel():
-        steps = steps_NR.to(upper.dtype)
-        rows = (answers * steps[:, None, :] / steps[:, :, None]).square().sum(2) - 1
-        moved = moved + rows[:, :, None]
+        steps = steps_NR.to(upper.dtype)[:, :, None]
+        moved = moved + ((answers * steps.mT / steps).square().sum(2, keepdim=True) - 1)
     return (moved.clamp_min(0.0) / 12).sqrt()
 
 
-def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | None = None,
+def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | float = 1.0,
                trellis: bool = False) -> Tensor:
     """Return the weights (R, C), fp32, that codes and steps of rows and columns stand for."""
-    scaled = (trellis_levels(codes) if trellis else codes.float()) * steps.float()[..., None]
-    return scaled if columns is None else scaled * columns
+    levels = trellis_levels(codes) if trellis else codes.float()
+    return levels * steps[..., None] * columns
 
 
 def gaussian_bits(step: float, max_code: int) -> float:
@@ -2962,8 +2954,8 @@ class Quantizer:
             if costs is None:
                 costs = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
             assert (factors := group.factors) is not None
-            rows, columns = sensitive_steps(costs, factors, (
-                powers[group.kind], self.config.column_power))
+            rows, columns = sensitive_steps(costs, factors, powers[group.kind],
+                                            self.config.column_power)
             group = dataclasses.replace(
                 group, columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
                 moved_NRC=moved_aims(factors, 2 ** rows, 2 ** columns, group.answers))
@@ -2984,12 +2976,13 @@ class Quantizer:
         if group.rows_NR is None:
             radius = clip_radius(w, spec, multiplier)
             steps = step_sizes(radius, spec)
+            stored = steps.half()
             if solved and factors is not None:
-                codes = gptq(w, factors, stored_steps(steps), spec.max_code)
+                codes = gptq(w, factors, stored, spec.max_code)
             else:  # int8 tables are rounded against the fp32 step, as published
-                used = steps if group.kind == "int8" else stored_steps(steps)
+                used = steps if group.kind == "int8" else stored
                 codes = round_to_nearest(w, radius, used, spec.max_code)
-            return codes, steps.half(), None
+            return codes, stored, None
         assert factors is not None and group.columns_NC is not None
         columns = steps_from_codes(group.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
