@@ -2836,19 +2836,18 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
-def plan_storage(model: nn.Module, config: Config) -> dict[str, str]:
+def plan_storage(model: Any, config: Config) -> dict[str, str]:
     """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
     kinds = {Role.EMBED: "int8", Role.MATRIX: "int6", Role.CONTROL: config.control_dtype}
-    named: dict[str, Any] = dict(model.named_parameters())
     return {name: "float16" if p.role is Role.MATRIX and p.numel() <= config.fp16_max_numel
-            else kinds[p.role] for name, p in named.items()}
+            else kinds[p.role] for name, p in model.named_parameters()}
 
 
-def stats_shapes(model: nn.Module, names) -> dict[str, tuple[int, ...]]:
+def stats_shapes(model: Any, names) -> dict[str, tuple[int, ...]]:
     """Return the shape of each statistic that calibration with gradients has of weights."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
-        weight: Any = model.get_parameter(name)
+        weight = model.get_parameter(name)
         rows, columns = weight.shape
         shapes |= {f"fisher.{name}": (rows,), f"inputs.{name}": (columns, columns)}
         if weight.role is Role.MATRIX and couples(rows, columns):
@@ -2884,33 +2883,35 @@ def sensitivity_of(stats: dict[str, Tensor], readers: dict[str, list[str]],
     Statistics with gradients serve both step rules, those without serve SDClip alone: there the
     value-embedding table has PᵀP of its projection P, as published.
     """
-    parts = {kind: {name.removeprefix(kind): value for name, value in stats.items()
-                    if name.startswith(kind)} for kind in ("inputs.", "fisher.", "outputs.")}
+    inputs, fisher, outputs = (
+        {name.removeprefix(kind): value for name, value in stats.items() if name.startswith(kind)}
+        for kind in ("inputs.", "fisher.", "outputs."))
     hessians = {name: stats[observed] for observed, names in readers.items() for name in names}
-    hessians |= parts["inputs."]
-    if "ve.table.weight" in weights and "ve.table.weight" not in hessians:
-        projection = weights.get("ve.proj.weight", torch.eye(weights["ve.table.weight"].shape[1]))
-        hessians["ve.table.weight"] = projection.T @ projection
-    return Sensitivity(hessians, parts["fisher."], parts["outputs."])
+    hessians |= inputs
+    if (table := "ve.table.weight") in weights and table not in hessians:
+        projection = weights.get("ve.proj.weight", torch.eye(weights[table].shape[1]))
+        hessians[table] = projection.T @ projection
+    return Sensitivity(hessians, fisher, outputs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """Same-shape tensors of a kind that are quantised together.
+    """Same-shape tensors of a kind that are quantised together; under SDClip the rest stays unset.
 
-    rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling; None under SDClip.
-    costs_NR, answers: of `couple_rows`, where rows are coupled. moved_NRC: of `moved_aims`.
+    costs_NR: what an error in each row costs. answers: of `couple_rows`, where rows are coupled.
+    rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling. moved_NRC: of
+    `moved_aims`.
     """
 
     names: list[str]
     kind: str
     w_NRC: Tensor
-    factors: Factors | None
-    costs_NR: Tensor | None = None
+    factors: Any = None  # where a Hessian is known
+    costs_NR: Any = None
     answers: Tensor = UNCOUPLED
-    rows_NR: Tensor | None = None
-    columns_NC: Tensor | None = None
-    moved_NRC: Tensor | None = None
+    rows_NR: Any = None
+    columns_NC: Any = None
+    moved_NRC: Any = None
 
 
 class Quantizer:
@@ -2922,68 +2923,70 @@ class Quantizer:
     def __init__(self, weights: dict[str, Tensor], known: Sensitivity, config: Config, device):
         self.storage, self.specs = plan_storage(meta_model(config), config), quant_specs(config)
         self.weights, self.config, self.memo = weights, config, {}
-        self.redamped, self.gptq_names, self.rounded_names = {}, [], []
-        by_shape, groups = {}, []
-        for name, kind in self.storage.items():
-            if kind in self.specs:
-                solved = self.specs[kind].gptq and name in known.hessians
-                (self.gptq_names if solved else self.rounded_names).append(name)
-                by_shape.setdefault((kind, solved, weights[name].shape), []).append(name)
-        for (kind, solved, _), names in by_shape.items():
-            stacked = torch.stack([weights[name] for name in names]).to(device)
-            factors = None
-            if solved or config.fisher_steps:
-                factors = factor_hessians(torch.stack([known.hessians[n] for n in names])
-                                          .to(device))
-                damps = zip(names, factors.damp_N.tolist())
-                self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-            coupling: Any = ()
-            if config.couples_rows and solved and all(name in known.outputs for name in names) and (
-                    couples(*stacked.shape[1:])):
-                coupling = couple_rows(torch.stack([known.outputs[n] for n in names]).to(device))
-            groups.append(Group(names, kind, stacked, factors, *coupling))
-        self.groups = self.plan_steps(groups, known.fisher) if config.fisher_steps else groups
+        self.redamped, self.gptq_names, by_shape = {}, [], {}
         self.order = [name for name, kind in self.storage.items() if kind in self.specs]
+        for name in self.order:
+            by_shape.setdefault((self.storage[name], weights[name].shape), []).append(name)
+        self.groups = [self.group(names, known, device) for names in by_shape.values()]
+        if config.fisher_steps:
+            self.plan_steps()
 
-    def plan_steps(self, groups: list[Group], fisher: dict[str, Tensor]) -> list[Group]:
-        """Return the groups with steps by sensitivity, on average those of SDClip's base k."""
+    def group(self, names: list[str], known: Sensitivity, device) -> Group:
+        """Return tensors of one shape and kind, with what is known of them."""
+        def stack(tensors):
+            return torch.stack([tensors[name] for name in names]).to(device)
+
+        config, group = self.config, Group(names, self.storage[names[0]], stack(self.weights))
+        solved = self.specs[group.kind].gptq and all(name in known.hessians for name in names)
+        if solved:
+            self.gptq_names += names
+        if solved or config.fisher_steps:
+            group.factors = factor_hessians(stack(known.hessians))
+            damps = zip(names, group.factors.damp_N.tolist())
+            self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
+        if config.fisher_steps:
+            group.costs_NR = stack(known.fisher)
+        if config.couples_rows and solved and couples(*group.w_NRC.shape[1:]) and all(
+                name in known.outputs for name in names):
+            group.costs_NR, group.answers = couple_rows(stack(known.outputs))
+        return group
+
+    def plan_steps(self):
+        """Give the groups steps by sensitivity, on average those of SDClip's base k."""
         powers = {"int6": self.config.row_power, "int8": self.config.embed_power}
         plans, offsets, weights = [], 0.0, 0
-        for group in groups:
-            costs = group.costs_NR
-            if costs is None:
-                costs = torch.stack([fisher[name] for name in group.names]).to(group.w_NRC.device)
-            assert (factors := group.factors) is not None
-            rows, columns = sensitive_steps(costs, factors, powers[group.kind],
+        for group in self.groups:
+            w, spec = group.w_NRC, self.specs[group.kind]
+            rows, columns = sensitive_steps(group.costs_NR, group.factors, powers[group.kind],
                                             self.config.column_power)
-            group = dataclasses.replace(
-                group, columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
-                moved_NRC=moved_aims(factors, 2 ** rows, 2 ** columns, group.answers))
-            spec = self.specs[group.kind]
-            usual = (clip_radius(group.w_NRC, spec, 1.0) / spec.max_code).double().log2()
-            alive = group.w_NRC.std(dim=2) > 0  # the others need no bits
-            offsets += float((usual - rows)[alive].sum()) * group.w_NRC.shape[2]
-            weights += int(alive.sum()) * group.w_NRC.shape[2]
+            group.columns_NC = (OCTAVE * columns).round().clamp(-127, 127).to(torch.int8)
+            group.moved_NRC = moved_aims(group.factors, 2 ** rows, 2 ** columns, group.answers)
+            usual = (clip_radius(w, spec, 1.0) / spec.max_code).double().log2()
+            alive = w.std(dim=2) > 0  # the others need no bits
+            offsets += float((usual - rows)[alive].sum()) * w.shape[2]
+            weights += int(alive.sum()) * w.shape[2]
             # coupled rows of small weights may have to answer large errors of others
-            plans.append((group, rows, usual - 6, usual + (4 if group.costs_NR is None else 99)))
+            plans.append((group, rows, usual - 6, usual + (99 if group.answers.numel() else 4)))
         shift = offsets / max(1, weights)
-        return [dataclasses.replace(group, rows_NR=(OCTAVE * (rows + shift).clamp(*ends)).round())
-                for group, rows, *ends in plans]
+        for group, rows, *ends in plans:
+            group.rows_NR = (OCTAVE * (rows + shift).clamp(*ends)).round()
 
-    def codes_of(self, group: Group, multiplier: float, solved: bool):
-        """Return codes (N, R, C), and steps of rows and columns as the artifact stores them."""
+    def codes_of(self, group: Group, multiplier: float, solved: bool) -> tuple[Tensor, ...]:
+        """Return codes (N, R, C), and steps of rows and columns as the artifact stores them.
+
+        SDClip has no steps of columns.
+        """
         w, spec, factors = group.w_NRC, self.specs[group.kind], group.factors
-        if group.rows_NR is None:
+        if not self.config.fisher_steps:
             radius = clip_radius(w, spec, multiplier)
             steps = step_sizes(radius, spec)
             stored = steps.half()
-            if solved and factors is not None:
+            if solved and factors:
                 codes = gptq(w, factors, stored, spec.max_code)
             else:  # int8 tables are rounded against the fp32 step, as published
                 used = steps if group.kind == "int8" else stored
                 codes = round_to_nearest(w, radius, used, spec.max_code)
-            return codes, stored, None
-        assert factors is not None and group.columns_NC is not None
+            return codes, stored
         columns = steps_from_codes(group.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
@@ -2991,14 +2994,13 @@ class Quantizer:
         steps = multiplier * steps_from_codes(rows)
         if solved and (spec.gptq or self.config.uses_trellis):
             if not spec.gptq:  # no feedback
-                one = torch.eye(w.shape[2], device=w.device).expand_as(factors.upper_NCC)
-                factors = dataclasses.replace(factors, upper_NCC=one,
-                                              dead_NC=torch.zeros_like(factors.dead_NC))
+                one = torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC)
+                factors = factor_hessians(one)
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
                          group.answers if self.config.uses_trellis else None)
         else:
             codes = w / steps[:, :, None] / columns[:, None, :]
-            if spec.gptq and group.moved_NRC is not None:
+            if spec.gptq:
                 random = torch.Generator(w.device).manual_seed(0)
                 codes += group.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
             codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
@@ -3007,25 +3009,25 @@ class Quantizer:
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
         """Return name -> (codes (R, C) int8, row steps, column steps) at a step multiplier.
 
-        solved False: rounded to nearest, quick and near in size: in place of GPTQ's feedback there
-        is noise as large. The last result is kept.
+        SDClip has no column steps. solved False: rounded to nearest, quick and near in size: in
+        place of GPTQ's feedback there is noise as large. The last result is kept.
         """
         if (multiplier, solved) not in self.memo:
             found = {}
             for group in self.groups:
-                codes, rows, columns = self.codes_of(group, multiplier, solved)
-                columns = [None] * len(codes) if columns is None else columns.cpu()
-                found.update(zip(group.names, zip(codes.cpu(), rows.cpu(), columns)))
+                parts = [part.cpu() for part in self.codes_of(group, multiplier, solved)]
+                found.update(zip(group.names, zip(*parts)))
             self.memo = {(multiplier, solved): found}
         return self.memo[multiplier, solved]
 
     def classes_at(self, multiplier: float, solved: bool = True):
         """Return all codes (n,) and their classes (n,) in order, and the classes' two parts."""
         found = self.codes_at(multiplier, solved)
-        parts = [size_classes(found[name][0]) for name in self.order]
+        codes = [found[name][0] for name in self.order]
+        parts = [size_classes(code) for code in codes]
         classes = torch.cat([element_classes(*part) for part in parts])
-        codes = torch.cat([found[name][0].flatten() for name in self.order])
-        return codes, classes, [torch.cat(part) for part in zip(*parts)]
+        return (torch.cat([code.flatten() for code in codes]), classes,
+                [torch.cat(part) for part in zip(*parts)])
 
     def tensors_at(self, multiplier: float, solved: bool = True) -> dict[str, Tensor]:
         """Return the artifact's tensors: small ones by name, steps, classes and coded codes.
@@ -3033,16 +3035,15 @@ class Quantizer:
         solved False: all but the codes.
         """
         found = self.codes_at(multiplier, solved)
-        codes, classes, (row_classes, column_classes) = self.classes_at(multiplier, solved)
+        codes, classes, parts = self.classes_at(multiplier, solved)
         tensors = {name: self.weights[name].to(DTYPES[kind])
                    for name, kind in self.storage.items() if kind not in self.specs}
         if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{', '.join(bad[:3])}: not finite or too large for float16: training "
                              "diverged, or set CONTROL_DTYPE=float32 FP16_MAX_NUMEL=0")
-        tensors["steps"] = torch.cat([found[name][1] for name in self.order])
-        if self.config.fisher_steps:
-            tensors["column_steps"] = torch.cat([found[name][2] for name in self.order])
-        tensors.update(row_classes=row_classes, column_classes=column_classes)
+        steps = zip(*(found[name][1:] for name in self.order))
+        tensors.update(zip(("steps", "column_steps"), map(torch.cat, steps)))
+        tensors.update(zip(("row_classes", "column_classes"), parts))
         if solved:
             tensors.update(encode_codes(codes, classes, self.config.compressor))
         return tensors
@@ -3086,7 +3087,7 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
         raise ContainerError(f"{origin}: coded by another train_gpt.py; use the one that wrote it")
     model, left = meta_model(config), dict(tensors)
     storage = plan_storage(model, config)
-    shapes = {name: model.get_parameter(name).shape for name in storage}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     order = [name for name, kind in storage.items() if kind in ("int6", "int8")]
     rows, columns = ([shapes[name][axis] for name in order] for axis in (0, 1))
     fisher = config.fisher_steps
@@ -3095,26 +3096,23 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     form |= dict(steps=((sum(rows),), torch.int8 if fisher else torch.float16),
                  row_classes=((sum(rows),), torch.int8),
                  column_classes=((sum(columns),), torch.int8))
-    form |= {"column_steps": ((sum(columns),), torch.int8)} if fisher else {}
+    if fisher:
+        form["column_steps"] = form["column_classes"]
     check_tensors(left, form, origin)
     state = {name: left.pop(name).float() for name in storage if name not in order}
-    steps, row_classes = (left.pop(name).split(rows) for name in ("steps", "row_classes"))
-    column_classes = left.pop("column_classes").split(columns)
-    column_steps = left.pop("column_steps").split(columns) if fisher else [None] * len(order)
-    classes = [element_classes(*pair) for pair in zip(row_classes, column_classes)]
+    steps, column_steps = left.pop("steps"), torch.ones(sum(columns))
+    if fisher:
+        steps = header["multiplier"] * steps_from_codes(steps)
+        column_steps = steps_from_codes(left.pop("column_steps"))
+    classes = [element_classes(*pair) for pair in zip(left.pop("row_classes").split(rows),
+                                                      left.pop("column_classes").split(columns))]
     try:
         codes = decode_codes(left, torch.cat(classes), config.compressor)
-        multiplier = float(header["multiplier"])
     except (ValueError, LookupError, RuntimeError, TypeError) as error:
         raise ContainerError(f"{origin}: its codes are damaged ({error}); make it again") from None
-    for name, code, step, column in zip(order, codes.split([len(c) for c in classes]), steps,
-                                        column_steps):
-        code = code.view(shapes[name])
-        if fisher:
-            state[name] = dequantize(code, multiplier * steps_from_codes(step),
-                                     steps_from_codes(column), config.uses_trellis)
-        else:
-            state[name] = dequantize(code, step)
+    parts = codes.split([len(c) for c in classes]), steps.split(rows), column_steps.split(columns)
+    for name, code, step, column in zip(order, *parts):
+        state[name] = dequantize(code.view(shapes[name]), step, column, config.uses_trellis)
     for name, weight in state.items():
         if not torch.isfinite(weight).all():
             raise ContainerError(f"{origin}: {name} holds values that are not finite")
@@ -3135,15 +3133,15 @@ def fitting_parameters(config: Config, artifact_bytes: int, limit_bytes: int) ->
 
 def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
-    # bytes of the header, tables and states; of a row and a column of codes; all as seen
+    # bytes of the header, tables and states; of a column of codes, a row has 1.3; all as seen
     model, fixed, specs = meta_model(config), 2500, quant_specs(config)
-    row_bytes, column_bytes = (1.3, 0.6) if config.fisher_steps else (1.3, 0.2)
+    column_bytes = 0.6 if config.fisher_steps else 0.2
     weights = dict.fromkeys(specs, 0)
     for name, kind in plan_storage(model, config).items():
         p = model.get_parameter(name)
         if kind in specs:
             weights[kind] += p.numel()
-            fixed += int(row_bytes * p.shape[0] + column_bytes * p.shape[1])
+            fixed += int(1.3 * p.shape[0] + column_bytes * p.shape[1])
         else:
             fixed += p.numel() * DTYPES[kind].itemsize
 
@@ -3217,7 +3215,8 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
             some = np.concatenate([some, np.full(size - len(some), num_targets)])
             where = torch.from_numpy(some).to(runtime.device)[:, None] + place
             inside, scored = where < num_targets, where[:, first:]
-            yield (tokens[where] * inside).long(), tokens[scored + 1].long(), inside[:, first:], span
+            yield ((tokens[where] * inside).long(), tokens[scored + 1].long(), inside[:, first:],
+                   span)
 
 
 STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: what a kill may cost

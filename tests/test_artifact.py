@@ -83,11 +83,11 @@ def header_of(config, multiplier=1.0):
 
 def stored_weights(quantizer, name, multiplier):
     """Return what codes and steps stand for, worked out here."""
-    codes, steps, columns = quantizer.codes_at(multiplier)[name]
-    if columns is None:
-        return codes.float() * steps.float()[:, None]
+    codes, *steps = quantizer.codes_at(multiplier)[name]
+    if not quantizer.config.fisher_steps:
+        return codes.float() * steps[0].float()[:, None]
     table = torch.tensor([2.0 ** (code / 8) for code in range(-128, 128)])
-    rows, columns = (table[x.long() + 128] for x in (steps, columns))
+    rows, columns = (table[x.long() + 128] for x in steps)
     levels = codes.float()
     if quantizer.config.uses_trellis:
         levels = torch.tensor([plain.trellis_levels(column) for column in codes.T.tolist()]).T
