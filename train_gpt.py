@@ -3055,9 +3055,10 @@ class Quantizer:
         return 8 * sum(map(entropy_bytes, codes)) / max(1, sum(c.numel() for c in codes))
 
 
-def fit_artifact(quantizer: Quantizer, header: dict, config: Config, limit_bytes: int,
+def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
+    config = quantizer.config
     codec = "brotli" if config.compressor == "rans" else config.compressor
     header = {**header, "raw": ["stream"], "coding": CODING}
 
@@ -4259,7 +4260,7 @@ def quantize_files(session: Session) -> dict:
         log.event("search", multiplier=multiplier, estimated_bytes=int(estimate),
                   packed_bytes=packed_bytes, limit_bytes=limit)
 
-    multiplier, packed = fit_artifact(quantizer, head, config, limit, report)
+    multiplier, packed = fit_artifact(quantizer, head, limit, report)
     write_file(files.artifact, packed)
     return describe_artifact(session, config, quantizer, multiplier, len(packed))
 

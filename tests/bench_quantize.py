@@ -169,7 +169,7 @@ class Bench:
         known.hessians.update(hessians)
         quantizer = t.Quantizer(weights, known, config, torch.device("cpu"))
         head = dict(self.header, kind="artifact", config=t.artifact_config(config))
-        multiplier, packed = t.fit_artifact(quantizer, head, config, limit_bytes,
+        multiplier, packed = t.fit_artifact(quantizer, head, limit_bytes,
                                             lambda *told: None)
         header, tensors = t.open_container(packed, "artifact", "bench")
         weights = t.restore_weights(header, tensors, config, "bench")

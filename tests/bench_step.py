@@ -454,7 +454,7 @@ def artifact(bench: Bench):
         head, told = dict(config=train_gpt.artifact_config(config), order=[], kind="artifact"), []
         limit = int(0.43 * count)
         (multiplier, packed), seconds = timed(
-            bench, train_gpt.fit_artifact, quantizer, head, config, limit,
+            bench, train_gpt.fit_artifact, quantizer, head, limit,
             lambda *line, told=told: told.append(line))
         _, read = timed(bench, read_back, packed, config)
         codes_of = {name: found[0] for name, found in quantizer.codes_at(multiplier).items()}

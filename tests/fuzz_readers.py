@@ -113,7 +113,7 @@ class Containers:
                 quantizer = script.Quantizer(weights, known, config, "cpu")
                 head = dict(kind="artifact", config=script.artifact_config(config),
                             order=list(config.base_order), tokenizer_sha256="0", train_sha256="1")
-                _, packed = script.fit_artifact(quantizer, head, config, 10 ** 6, lambda *_: None)
+                _, packed = script.fit_artifact(quantizer, head, 10 ** 6, lambda *_: None)
                 self.seeds.append(("artifact", packed))
         made = dict(head, kind="weights", steps=3)
         self.seeds.append(("weights", script.pack_tensors(made, weights)))

@@ -226,7 +226,7 @@ def test_an_explicit_k_switches_the_search_off(changes):
     config, told = toy_config(**changes), []
     quantizer = quantizer_of(config)
     limit = 1  # which a search would try to keep
-    multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
+    multiplier, packed = fit_artifact(quantizer, header_of(config), limit,
                                       lambda *x: told.append(x))
     assert multiplier == 1.0 and not told
     header, tensors = unpack_tensors(packed, "memory")
@@ -244,7 +244,7 @@ def test_the_search_fills_a_real_budget(compressor):
     config = toy_config(compressor=compressor, model_dim=32)
     quantizer, told = quantizer_of(config), []
     limit = 45_000
-    multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
+    multiplier, packed = fit_artifact(quantizer, header_of(config), limit,
                                       lambda *x: told.append(x))
     assert 0.999 * limit <= len(packed) <= limit
     assert MULTIPLIER_RANGE[0] < multiplier < MULTIPLIER_RANGE[1] and told
@@ -307,7 +307,7 @@ def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
     finest, coarsest = MULTIPLIER_RANGE
     middle = len(pack_tensors(header_of(config), quantizer.tensors_at(1.0), "brotli"))
     limit = int(middle * (0.9 + 0.2 * torch.rand((), generator=generator)))
-    multiplier, packed = fit_artifact(quantizer, header_of(config), config, limit,
+    multiplier, packed = fit_artifact(quantizer, header_of(config), limit,
                                       lambda *told: None)
     if len(packed) > limit:
         assert multiplier == coarsest
@@ -325,7 +325,7 @@ def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
 def test_inspect_prints_the_header_and_bytes_that_sum_to_the_file(tmp_path, capsys):
     config = toy_config()
     quantizer, path = quantizer_of(config), tmp_path / "artifact"
-    _, packed = fit_artifact(quantizer, header_of(config), config, 9_000, lambda *told: None)
+    _, packed = fit_artifact(quantizer, header_of(config), 9_000, lambda *told: None)
     path.write_bytes(packed)
     assert train_gpt.main(["--inspect", str(path)], {}) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -419,7 +419,7 @@ SMALL = dict(num_layers=2, model_dim=128, mlp_mult=4.0, vocab_size=512, ve_layer
     dict(sdclip_k=12.85, sdclip_k_embed=20.0, compressor="brotli")))
 def test_predicted_size_is_near_that_of_gaussian_weights(changes):
     config = toy_config(**SMALL | dict(model_dim=192), **changes)
-    _, packed = fit_artifact(gaussian_quantizer(config), header_of(config), config, 1, None)
+    _, packed = fit_artifact(gaussian_quantizer(config), header_of(config), 1, None)
     predicted, remark = predict_artifact_bytes(config, code_bytes=1000)
     assert predicted == pytest.approx(1000 + len(packed), rel=0.02)
     assert remark == "at the given k"
@@ -432,7 +432,7 @@ def test_what_is_told_of_the_search_is_what_the_search_does():
         config = toy_config(**SMALL, artifact_max_bytes=cap)
         predicted, remark = predict_artifact_bytes(config, code_bytes=1000)
         quantizer = gaussian_quantizer(config)
-        multiplier, packed = fit_artifact(quantizer, header_of(config), config, cap - 1000,
+        multiplier, packed = fit_artifact(quantizer, header_of(config), cap - 1000,
                                           lambda *_: None)
         assert predicted == pytest.approx(1000 + len(packed), rel=0.05)
         if expected is None:
