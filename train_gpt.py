@@ -3550,14 +3550,14 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
 HEAD_INPUT = "head"  # the final normed hidden state, which the tied table reads as output head
 
 
-def collect_stats(model: GPT, layout: Layout, batches,
-                  names: list[str]) -> tuple[dict[str, Tensor], int]:
-    """Return (sum of x xT over all tokens by observed module, tokens): raw sums of Hessians, fp32.
+def collect_stats(model: GPT, layout: Layout, tokens_BT: Tensor,
+                  names: list[str]) -> dict[str, Tensor]:
+    """Return the sum of x xT over all tokens by observed module: raw sums of Hessians, fp32.
 
-    names: modules whose inputs are observed, or HEAD_INPUT for the final hidden state. batches:
-    iterable of tokens (B, T). A layer that runs twice contributes both inputs.
+    names: modules whose inputs are observed, or HEAD_INPUT for the final hidden state. A layer
+    that runs twice contributes both inputs.
     """
-    sums, tokens = {}, 0
+    sums = {}
 
     def add(name, x):
         flat = x.detach().flatten(0, -2).float()
@@ -3565,20 +3565,15 @@ def collect_stats(model: GPT, layout: Layout, batches,
             sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
         sums[name].addmm_(flat.T, flat)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(
-                   lambda _, inputs, name=name: add(name, inputs[0]))
-               for name in names if name != HEAD_INPUT]
-    try:
-        with torch.no_grad():
-            for tokens_BT in batches:
-                hidden = model(tokens_BT, layout)
-                if HEAD_INPUT in names:
-                    add(HEAD_INPUT, hidden)
-                tokens += tokens_BT.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums, tokens
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name in names:
+            if name != HEAD_INPUT:
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, inputs, name=name: add(name, inputs[0])))
+        hidden = model(tokens_BT, layout)
+        if HEAD_INPUT in names:
+            add(HEAD_INPUT, hidden)
+    return sums
 
 
 def outer(x: Tensor) -> Tensor:
@@ -3587,7 +3582,7 @@ def outer(x: Tensor) -> Tensor:
     return flat.T @ flat
 
 
-def watch_gradients(name: str, add, reads: Counter, wanted):
+def watch_gradients(name: str, add, wanted):
     """Return a forward hook of weight `name`'s module that adds what is wanted of it."""
     def on_output(module, inputs, out):
         def see(grad):
@@ -3600,14 +3595,13 @@ def watch_gradients(name: str, add, reads: Counter, wanted):
             add(f"inputs.{name}", outer(inputs[0].float() * weights.sqrt()))
             if f"outputs.{name}" in wanted:
                 add(f"outputs.{name}", outer(grad))
-        reads[name] += 1
         out.requires_grad_().register_hook(see)
     return on_output
 
 
-def collect_fisher(model: GPT, layout: Layout, batches, names: list[str],
-                   seed: int) -> tuple[dict[str, Tensor], int]:
-    """Return (sums over tokens of what quantisation errors cost, tokens), fp32, by weight.
+def collect_fisher(model: GPT, layout: Layout, tokens_BT: Tensor, names: list[str],
+                   seed: int) -> dict[str, Tensor]:
+    """Return sums over tokens of what quantisation errors cost, fp32, by weight.
 
     names: weights. Gradients g are of the loss on labels drawn from the model itself (the true
     Fisher information). "fisher.": squared gradients of a matrix's outputs (R,); of the head's, in
@@ -3615,40 +3609,36 @@ def collect_fisher(model: GPT, layout: Layout, batches, names: list[str],
     its squared gradients over the batch's mean ones; of a table its outputs' g gT, and of the tied
     one the head's x xT as well. "outputs.": g gT (R, R) of matrices no higher than wide.
     """
-    sums, tokens, reads, batches = {}, 0, Counter(), list(batches)
-    wanted = stats_shapes(model, names)
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    sums, counts, wanted = {}, Counter(), stats_shapes(model, names)
 
     def add(name, value):
+        counts[name] += 1
         sums[name] = sums[name] + value if name in sums else value
 
-    handles = [model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-                   watch_gradients(name, add, reads, wanted)) for name in names]
-    handles.append(model.register_forward_hook(
-        lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
-    model.requires_grad_(False)  # gradients of activations alone are wanted
-    try:
-        for tokens_BT in batches:
-            logits = model.logits(tokens_BT, layout).flatten(0, 1)
-            with torch.no_grad():
-                odds = logits.softmax(-1)
-                labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
-                slope = 1 - (logits / model.softcap).square()
-                add("fisher.tok_emb.weight", (odds * (1 - odds) * slope.square()).sum(0))
-                if model.ve is not None:
-                    read = torch.bincount(tokens_BT.flatten(), minlength=logits.shape[1])
-                    add("fisher.ve.table.weight", read.float())
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-            tokens += tokens_BT.numel()
-    finally:
-        model.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.enter_context(module.register_forward_hook(watch_gradients(name, add, wanted)))
+        hooks.enter_context(model.register_forward_hook(
+            lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
+        hooks.callback(model.requires_grad_, True)
+        model.requires_grad_(False)  # gradients of activations alone are wanted
+        logits = model.logits(tokens_BT, layout).flatten(0, 1)
+        with torch.no_grad():
+            odds = logits.softmax(-1)
+            generator = torch.Generator(odds.device).manual_seed(seed)
+            labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
+            slope = 1 - (logits / model.softcap).square()
+            add("fisher.tok_emb.weight", (odds * (1 - odds) * slope.square()).sum(0))
+            if model.ve is not None:
+                read = torch.bincount(tokens_BT.flatten(), minlength=logits.shape[1])
+                add("fisher.ve.table.weight", read.float())
+        F.cross_entropy(logits, labels, reduction="sum").backward()
     # a layer that runs twice has both inputs in its Hessian: here the mean, lest both count twice
-    for kind, (name, count) in itertools.product(("fisher.", "outputs."), reads.items()):
-        if kind + name in sums:
-            sums[kind + name] *= len(batches) / count
-    return sums, tokens
+    for name, count in counts.items():
+        if not name.startswith("inputs."):
+            sums[name] *= 1 / count
+    return sums
 
 
 class Calibration:
@@ -3694,13 +3684,13 @@ class Calibration:
         return len(self.fisher_names) if self.config.fisher_steps else (
             sum(map(len, self.readers.values())))
 
-    def collect(self, layout: Layout, windows: Tensor, position: int):
-        """Return the sums of one batch of windows (B, T + 1) at a position, and its tokens."""
-        batches = [windows[:, :-1]]
+    def collect(self, layout: Layout, windows: Tensor, position: int) -> dict[str, Tensor]:
+        """Return the sums of one batch of windows (B, T + 1) at a position."""
+        tokens_BT = windows[:, :-1]
         if self.config.fisher_steps:
-            return collect_fisher(self.model, layout, batches, self.fisher_names,
+            return collect_fisher(self.model, layout, tokens_BT, self.fisher_names,
                                   self.config.seed + position)
-        return collect_stats(self.model, layout, batches, list(self.readers))
+        return collect_stats(self.model, layout, tokens_BT, list(self.readers))
 
     def measure(self, layout: Layout, windows: Tensor):
         """Time one batch of synthetic windows (B, T + 1)."""
@@ -3734,10 +3724,10 @@ class Calibration:
                 log.event("calibration_short", done=done, planned=planned)
                 break
             if done < len(shares):
-                found, count = self.collect(layout, loader.read(*shares[done]), shares[done][0])
-                tokens += count
-                for name, value in found.items():
+                at, count = shares[done]
+                for name, value in self.collect(layout, loader.read(at, count), at).items():
                     sums[name] += value
+                tokens += count * self.config.train_seq_len
         total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
         return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
 

@@ -86,6 +86,13 @@ def assert_same_stats(found, expected):
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=tiny, msg=name)
 
 
+def added(parts):
+    """Return the sum by name over several batches' statistics."""
+    parts = list(parts)
+    assert all(set(part) == set(parts[0]) for part in parts)
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
 # ---- statistics ----------------------------------------------------------------------------
 
 
@@ -96,8 +103,7 @@ def test_stats_equal_a_slow_gathering(slow_stats, changes, depth):
     model, layout = random_model(config), layouts_of(config)[depth]
     batches = [random_tokens(config, 2, 8, seed) for seed in (1, 2)]
     names = [*model.input_groups(), HEAD_INPUT]
-    found, tokens = collect_stats(model, layout, batches, names)
-    assert tokens == 32
+    found = added(collect_stats(model, layout, batch, names) for batch in batches)
     assert_same_stats(found, slow_stats(config, model, torch.cat(batches), layout.order))
 
 
@@ -106,9 +112,10 @@ def test_a_repeated_layer_contributes_both_inputs():
     config = toy_config()
     model, layout = random_model(config), layouts_of(config)[1]
     names = [f"blocks.{i}.attn.q" for i in range(11)]
-    found, tokens = collect_stats(model, layout, [random_tokens(config, 4, 8)], names)
+    tokens = random_tokens(config, 4, 8)
+    found = collect_stats(model, layout, tokens, names)
     for i, name in enumerate(names):
-        runs = found[name].trace().item() / (tokens * config.model_dim / (i + 1))
+        runs = found[name].trace().item() / (tokens.numel() * config.model_dim / (i + 1))
         assert runs == pytest.approx(2 if i in (3, 4, 5) else 1, rel=1e-4)
 
 
@@ -116,10 +123,10 @@ def test_only_what_is_asked_is_observed_and_nothing_stays_hooked():
     config = toy_config()
     model, layout = random_model(config), layouts_of(config)[0]
     tokens = random_tokens(config, 1, 8)
-    found, _ = collect_stats(model, layout, [tokens], ["blocks.2.mlp.up"])
+    found = collect_stats(model, layout, tokens, ["blocks.2.mlp.up"])
     assert set(found) == {"blocks.2.mlp.up"}
     with pytest.raises(IndexError):
-        collect_stats(model, layout, [tokens + config.vocab_size], ["blocks.2.mlp.up"])
+        collect_stats(model, layout, tokens + config.vocab_size, ["blocks.2.mlp.up"])
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any(value.requires_grad for value in found.values())
 
@@ -128,7 +135,7 @@ def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
     config = toy_config()
     model = random_model(config, dtype=torch.bfloat16)
     names = [*model.input_groups(), HEAD_INPUT]
-    found, _ = collect_stats(model, layouts_of(config)[1], [random_tokens(config, 2, 8)], names)
+    found = collect_stats(model, layouts_of(config)[1], random_tokens(config, 2, 8), names)
     for name, value in found.items():
         assert value.dtype == torch.float32 and torch.equal(value, value.T), name
 
@@ -279,7 +286,8 @@ def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
     shares = calibration_of(config).shares()
     batches = [Windows().read(*share)[:, :-1] for share in shares[:done]]
     assert fields["planned"] == len(shares)
-    sums, tokens = collect_stats(model, layout, batches, list(short))
+    sums = added(collect_stats(model, layout, batch, list(short)) for batch in batches)
+    tokens = sum(batch.numel() for batch in batches)
     assert_same_stats(short, {name: value / tokens for name, value in sums.items()})
 
 
@@ -339,8 +347,8 @@ def test_fisher_information_equals_a_slow_gathering():
     model, layout = random_model(config), layouts_of(config)[1]
     tokens = random_tokens(config, 3, 8)
     names = fisher_names(model)
-    found, count = collect_fisher(model, layout, [tokens], names, seed=7)
-    assert count == 24 and all(p.requires_grad for p in model.parameters())
+    found = collect_fisher(model, layout, tokens, names, seed=7)
+    assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
         odds = model.logits(tokens, layout).flatten(0, 1).softmax(-1)
@@ -376,7 +384,7 @@ def test_the_heads_information_is_the_expected_square_over_all_labels():
     config = toy_config(logit_softcap=3.0)  # a cap that bends the logits
     model, layout = random_model(config), layouts_of(config)[0]
     tokens = random_tokens(config, 1, 5)
-    found, _ = collect_fisher(model, layout, [tokens], ["tok_emb.weight"], seed=0)
+    found = collect_fisher(model, layout, tokens, ["tok_emb.weight"], seed=0)
     with torch.no_grad():
         hidden = model(tokens, layout).flatten(0, 1)
     raw = (hidden @ model.tok_emb.weight.detach().T).requires_grad_()
