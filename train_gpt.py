@@ -3652,17 +3652,19 @@ class Calibration:
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.model, self.config, self.runtime = model, config, runtime
-        storage = plan_storage(model, config)
-        self.readers = {name: kept for name, readers in model.input_groups().items()
-                        if (kept := [reader for reader in readers if storage[reader] == "int6"])}
-        if config.embed_gptq:
-            self.readers[HEAD_INPUT] = ["tok_emb.weight"]
-        self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
-        self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
-        most = config.micro_batch_tokens // config.train_seq_len
+        storage, tokens = plan_storage(model, config), config.micro_batch_tokens
+        self.readers, self.fisher_names = {}, []  # one of them stays empty
         if config.fisher_steps:
-            self.readers, most = {}, min(most, max(1, self.FISHER_TOKENS // config.train_seq_len))
-        self.sequences, self.batch_seconds = even_split(self.eighth, most), 0.0
+            self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
+            tokens = min(tokens, self.FISHER_TOKENS)
+        else:
+            self.readers = {name: kept for name, readers in model.input_groups().items() if (
+                kept := [reader for reader in readers if storage[reader] == "int6"])}
+            if config.embed_gptq:
+                self.readers[HEAD_INPUT] = ["tok_emb.weight"]
+        self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
+        self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
+        self.batch_seconds = 0.0
 
     def shares(self) -> list[tuple[int, int]]:
         """Return (position in the training order, count) of each batch of this rank."""
@@ -3681,13 +3683,12 @@ class Calibration:
 
     def hessians(self) -> int:
         """Return of how many weights the inputs are known in the end."""
-        return len(self.fisher_names) if self.config.fisher_steps else (
-            sum(map(len, self.readers.values())))
+        return len(self.fisher_names) + sum(map(len, self.readers.values()))
 
     def collect(self, layout: Layout, windows: Tensor, position: int) -> dict[str, Tensor]:
         """Return the sums of one batch of windows (B, T + 1) at a position."""
         tokens_BT = windows[:, :-1]
-        if self.config.fisher_steps:
+        if self.fisher_names:
             return collect_fisher(self.model, layout, tokens_BT, self.fisher_names,
                                   self.config.seed + position)
         return collect_stats(self.model, layout, tokens_BT, list(self.readers))
@@ -3708,8 +3709,7 @@ class Calibration:
 
     def empty_sums(self) -> dict[str, Tensor]:
         """Return zeros for all that is collected, in one order of names on each rank."""
-        fisher = self.fisher_names if self.config.fisher_steps else []
-        sizes = stats_shapes(self.model, fisher)
+        sizes = stats_shapes(self.model, self.fisher_names)
         for name, readers in self.readers.items():
             sizes[name] = 2 * self.model.get_parameter(readers[0]).shape[1:]
         return {name: torch.zeros(size, device=self.runtime.device) for name, size in sizes.items()}
