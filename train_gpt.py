@@ -3284,8 +3284,8 @@ class TrainState:
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], step: int, layout: Layout):
         """Go on from what `tensors` gave."""
-        bank, shadow, self.step, self.layout = (self.optimizers.bank, self.average.shadow, step,
-                                                layout)
+        bank, shadow = self.optimizers.bank, self.average.shadow
+        self.step, self.layout = step, layout
         for name, p in self.model.named_parameters():
             p.copy_(tensors[f"weight.{name}"])
             bank.view(shadow, p).copy_(tensors[f"average.{name}"])
@@ -3302,7 +3302,8 @@ class Trainer:
         self.micro = micro_batch_sequences(config, runtime.world_size)
         self.mean_loss = runtime.compile(state.model.mean_loss)
         self.token_losses = runtime.compile(state.model.token_losses)
-        self.step_seconds = {}  # layout -> seconds of a step, from warm-up
+        # layout -> seconds of a step, from warm-up; 0: unknown
+        self.step_seconds = dict.fromkeys((self.plain_layout, self.recurrent_layout), 0.0)
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
         self.saved_seconds, self.last_checkpoint = 0.0, "none"
@@ -3338,31 +3339,29 @@ class Trainer:
     def warm_up(self):
         """Compile every graph, time each layout's step on synthetic text, then undo all of it."""
         config, runtime, optimizers = self.config, self.runtime, self.state.optimizers
-        layouts = list(dict.fromkeys((self.plain_layout, self.recurrent_layout)))
+        layouts = list(self.step_seconds)
         saved = {dtype: flat.clone() for dtype, flat in optimizers.bank.weights.items()}
         windows = self.synthetic(config.step_windows // runtime.world_size, config.train_seq_len)
         steps = max(config.warmup_steps, 2 * len(layouts))
-        for i in range(steps):
-            layout, since = layouts[i % len(layouts)], time.perf_counter()
+        for step, layout in zip(range(1, steps + 1), itertools.cycle(layouts)):
+            since = time.perf_counter()
             self.update(windows, layout, schedule(config, 0, 0.0))
             runtime.synchronize()
             self.step_seconds[layout] = runtime.agree(time.perf_counter() - since)
-            if i < 6 or (i + 1) % 10 == 0 or i + 1 == steps:
-                self.log.event("warmup_step", step=i + 1, steps=steps)
-        if runtime.compiles:
-            self.compile_evaluation(layouts)
+            if step <= 6 or step % 10 == 0 or step == steps:
+                self.log.event("warmup_step", step=step, steps=steps)
+        if runtime.compiles:  # the evaluation graphs too, in the shape that validation uses
+            windows = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
+            with torch.inference_mode():
+                for layout in layouts:
+                    self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(),
+                                      layout)
         for dtype, flat in optimizers.bank.weights.items():
             flat.copy_(saved[dtype])
         optimizers.reset()
         optimizers.zero_grad()
         self.first_bad.fill_(-1)
 
-    def compile_evaluation(self, layouts: list[Layout]):
-        """Run the evaluation graph of each layout once in the shape that validation uses."""
-        windows = self.synthetic(self.config.eval_batch_windows, self.config.eval_seq_len)
-        with torch.inference_mode():
-            for layout in layouts:
-                self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), layout)
 
     def train(self, loader: Loader, budget_seconds: float, validate, checkpoint: Path):
         """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none).
@@ -3376,7 +3375,7 @@ class Trainer:
         began, graphs = time.perf_counter(), self.runtime.compiled_graphs()
         self.saved_seconds = clock.training_seconds()  # above 0 when resumed
         pacer = Pacer(budget_seconds, self.saved_seconds)
-        pacer.expect(self.step_seconds.get(state.layout, 0.0))
+        pacer.expect(self.step_seconds[state.layout])
         with without_gc(), clock.span("train"):
             while True:
                 elapsed = pacer.elapsed(lambda: self.read_clock(checkpoint))
@@ -3384,7 +3383,7 @@ class Trainer:
                 rates = schedule(config, state.step, progress)
                 switches = rates.recurrent and state.layout != self.recurrent_layout
                 if switches:
-                    pacer.expect(self.step_seconds.get(self.recurrent_layout, 0.0))
+                    pacer.expect(self.step_seconds[self.recurrent_layout])
                 last = state.step >= iterations or not pacer.fits()
                 if switches and not last:  # else the score would be of an order never trained
                     state.layout = self.recurrent_layout
@@ -3429,9 +3428,8 @@ class Trainer:
         with self.clock.span("checkpoint"):
             header = dict(kind="checkpoint", step=state.step, order=list(state.layout.order),
                           training_seconds=elapsed)
-            tensors = state.tensors()
             try:
-                self.runtime.first(write_tensors, path, header, tensors)
+                self.runtime.first(write_tensors, path, header, state.tensors())
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
                 return self.log.event("notice", text=f"no checkpoint at step {state.step}: {error}")
         self.last_checkpoint = f"{path} of step {state.step}"
@@ -3455,16 +3453,15 @@ class Trainer:
     def report(self, loss: Tensor, rates: Rates):
         """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names."""
         step, config, every = self.state.step, self.config, self.config.train_log_every
-        if not every or not (step <= 5 or step % every == 0):
+        if not every or step > 5 and step % every:
             return
         mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
         self.check_gradients()
-        seconds = self.clock.training_seconds()
+        seconds, tokens = self.clock.training_seconds(), step * config.train_batch_tokens
         self.log.event("train", step=step, iterations=config.iterations, train_loss=mean,
-                       tokens_per_second=step * config.train_batch_tokens / max(seconds, 1e-9),
-                       train_minutes=seconds / 60, train_seconds=round(seconds, 3),
-                       tokens=step * config.train_batch_tokens, grad_norm=self.grad_norm.item(),
-                       **dataclasses.asdict(rates))
+                       tokens_per_second=tokens / max(seconds, 1e-9), train_minutes=seconds / 60,
+                       train_seconds=round(seconds, 3), tokens=tokens,
+                       grad_norm=self.grad_norm.item(), **dataclasses.asdict(rates))
 
 
 def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
@@ -3473,16 +3470,16 @@ def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
     return 2 * config.model_dim * (len(order) * widths + config.vocab_size)
 
 
-def matmul_flops_per_second(device, dtype) -> float:
+def matmul_flops_per_second(runtime: Runtime) -> float:
     """Return the rate of one large matrix product on this device, measured over about 0.2 s."""
-    size, sync = (4096, torch.cuda.synchronize) if device.type == "cuda" else (1024, lambda: None)
-    a, done = torch.randn(size, size, device=device, dtype=dtype), 0
-    a @ a
-    sync()
-    since = time.perf_counter()
+    size = 4096 if runtime.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=runtime.device, dtype=runtime.compute_dtype)
+    a @ a  # warms the library up
+    runtime.synchronize()
+    since, done = time.perf_counter(), 0
     while time.perf_counter() - since < 0.2:
         a @ a
-        sync()
+        runtime.synchronize()
         done += 1
     return done * 2 * size ** 3 / (time.perf_counter() - since)
 
@@ -3494,7 +3491,7 @@ def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
     were seen near 40 %.
     """
     share = 0.36 if runtime.device.type == "cuda" else 0.4
-    rate = share * matmul_flops_per_second(runtime.device, runtime.compute_dtype)
+    rate = share * matmul_flops_per_second(runtime)
     flops = 3 * forward_flops_per_token(config, config.recurrent_order) * config.train_batch_tokens
     seconds, limit = flops / (rate * runtime.world_size), config.max_wallclock_seconds
     return min(config.iterations, int(limit / seconds)) if limit else config.iterations, seconds
@@ -3996,7 +3993,7 @@ def timed_score(session: Session, kind: str, losses_of, text: Validation, window
 
 def describe_recurrence(session: Session, trainer: Trainer, budget: float):
     """Say when the recurrent order starts, or that it never can."""
-    config, step_seconds = session.config, trainer.step_seconds.get(trainer.plain_layout)
+    config, step_seconds = session.config, trainer.step_seconds[trainer.plain_layout]
     fitting = int(budget / step_seconds) if budget and step_seconds else config.iterations
     steps = min(config.iterations, fitting)
     if config.recur_start_frac is not None:

@@ -64,7 +64,7 @@ class Bench:
         backend, self.attend, self.scope, _ = train_gpt.choose_attention(self.config, self.runtime)
         self.layouts = dict(zip(("before", "after"), train_gpt.layouts_of(self.config)))
         self.rows_file = open(rows_path, "a", encoding="utf-8") if rows_path else None
-        self.roof = train_gpt.matmul_flops_per_second(self.device, self.runtime.compute_dtype)
+        self.roof = train_gpt.matmul_flops_per_second(self.runtime)
         self.tell("device", backend=backend, tokens=self.config.train_batch_tokens,
                   matrix_tflops=self.roof / 1e12, **self.runtime.describe())
 

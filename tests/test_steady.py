@@ -190,7 +190,7 @@ def test_nothing_compiles_after_warm_up(ahead_of_time):
 def test_short_validation_compiles_nothing_either(ahead_of_time):
     """Text of fewer windows than a batch has."""
     trainer = trainer_of(toy_config(**SHALLOW))
-    trainer.compile_evaluation([trainer.plain_layout])
+    trainer.warm_up()
     warm = graphs()
     text = validation(trainer.config, 2 * 8)
     scorer(trainer, text, trainer.config.eval_seq_len)(trainer.plain_layout)
