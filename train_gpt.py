@@ -3731,27 +3731,25 @@ class Calibration:
 
 # == 11b Preflight: what is checked and told before a run ========================================
 
-@dataclass(frozen=True)
 class RunFiles:
     """Where a run keeps its products; each stage meets the next one only here."""
 
-    run_id: str
-
-    folder = property(lambda self: Path("runs", self.run_id))
-    weights = property(lambda self: self.folder / "final_model.weights")
-    stats = property(lambda self: self.folder / "final_model.stats")
-    artifact = property(lambda self: self.folder / "final_model.int6.ptz")
-    scores = property(lambda self: self.folder / "scores.json")
-    checkpoint = property(lambda self: self.folder / "checkpoint")
-    identity = property(lambda self: self.folder / "run.json")
-    events = property(lambda self: self.folder / "events.jsonl")
-    text_log = property(lambda self: Path("logs", f"{self.run_id}.txt"))
+    def __init__(self, run_id: str):
+        self.run_id, self.folder = run_id, Path("runs", run_id)
+        self.weights = self.folder / "final_model.weights"
+        self.stats = self.folder / "final_model.stats"
+        self.artifact = self.folder / "final_model.int6.ptz"
+        self.scores = self.folder / "scores.json"
+        self.checkpoint = self.folder / "checkpoint"
+        self.identity = self.folder / "run.json"
+        self.events = self.folder / "events.jsonl"
+        self.text_log = Path("logs", f"{run_id}.txt")
+        self.products = dict(zip(STAGES, (self.weights, self.artifact, self.scores)))
 
     def done(self, stage: str, config: Config) -> bool:
         """Return whether a stage has left all it makes."""
-        made = {"train": [self.weights] + [self.stats] * config.gptq_enabled,
-                "quantize": [self.artifact], "evaluate": [self.scores]}
-        return all(path.exists() for path in made[stage])
+        lacking = stage == "train" and config.gptq_enabled and not self.stats.exists()
+        return self.products[stage].exists() and not lacking
 
     def source(self, config: Config, product: Path) -> Path:
         """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
@@ -3760,11 +3758,8 @@ class RunFiles:
 
     def stage_input(self, config: Config) -> tuple[Path, str] | None:
         """Return (file, kind) of what a lone later stage starts from."""
-        inputs = {"quantize": (self.weights, "weights"), "evaluate": (self.artifact, "artifact")}
-        if config.stage not in inputs:
-            return None
-        product, kind = inputs[config.stage]
-        return self.source(config, product), kind
+        kind = {"quantize": "weights", "evaluate": "artifact"}.get(config.stage)
+        return (self.source(config, getattr(self, kind)), kind) if kind else None
 
 
 def code_bytes() -> int:
@@ -3781,12 +3776,12 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
     if start and not start[0].is_file():
         faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
                       "to a run that has it")
-    elif start and config.stage == "quantize" and config.gptq_enabled:
-        if not (stats := start[0].with_name(files.stats.name)).is_file():
-            faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
-                          "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
-    outputs = {"train": files.weights, "quantize": files.artifact, "evaluate": files.scores}
-    made = [path for stage, path in outputs.items() if config.runs(stage) and path.exists()]
+    elif start and config.stage == "quantize" and config.gptq_enabled and not (
+            stats := start[0].with_name(files.stats.name)).is_file():
+        faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
+                      "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
+    made = [path for stage, path in files.products.items()
+            if config.runs(stage) and path.exists()]
     made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
     if made and not config.resume:
         faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
@@ -3865,18 +3860,19 @@ def package_faults(config: Config) -> list[str]:
 
 def device_faults(config: Config, runtime: Runtime) -> list[str]:
     """Return faults between the settings, the number of ranks and the memory of a GPU."""
-    faults = []
-    if config.runs("train") and config.step_windows % runtime.world_size:
-        faults.append(f"nproc_per_node: {runtime.world_size} ranks do not divide the "
-                      f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
-                      f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})")
-    elif config.runs("train") and runtime.device.type == "cuda" and runtime.is_main:
+    if not config.runs("train"):
+        return []
+    if config.step_windows % runtime.world_size:
+        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
+                f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
+                f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
+    if runtime.device.type == "cuda" and runtime.is_main:
         have = torch.cuda.get_device_properties(runtime.device).total_memory
         need = predict_peak_bytes(config, runtime)
         if need > 1.3 * have:
-            faults.append(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
-                          f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it")
-    return faults
+            return [f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
+                    f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it"]
+    return []
 
 
 def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
@@ -3892,7 +3888,7 @@ def predict(config: Config, runtime: Runtime) -> dict:
     """Return what can be told before a run, without data; `text_report` says it in a line."""
     parameters = sum(p.numel() for p in meta_model(config).parameters())
     report: dict[str, Any] = dict(parameters=parameters)
-    parts = [f"{report['parameters']} parameters"]
+    parts = [f"{parameters} parameters"]
     if config.runs("train"):
         steps, seconds = predict_steps(config, runtime)
         peak_mib = predict_peak_bytes(config, runtime) >> 20
@@ -3903,8 +3899,8 @@ def predict(config: Config, runtime: Runtime) -> dict:
     if config.runs("quantize"):
         total, remark = predict_artifact_bytes(config, code_bytes())
         report.update(total_bytes=total)
-        cap = config.artifact_max_bytes
-        parts.append(f"code + artifact about {total} of {cap} bytes: {remark}")
+        parts.append(f"code + artifact about {total} of {config.artifact_max_bytes} bytes: "
+                     f"{remark}")
     return dict(report, text_report="; ".join(parts))
 
 
