@@ -3909,12 +3909,6 @@ def predict(config: Config, runtime: Runtime) -> dict:
 TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
 
 
-@torch.no_grad()
-def load_weights(model: GPT, weights: dict[str, Tensor]):
-    """Fill a model's parameters by name."""
-    for name, p in model.named_parameters():
-        p.copy_(weights[name])
-
 
 @dataclass(frozen=True)
 class Session:
@@ -3940,7 +3934,7 @@ class Session:
                   else windowed_attention(window))
         model = dataclasses.replace(self, attend=attend).build_model()
         model.rotary["train_len"] = window * self.config.stream_windows  # distances stay short
-        load_weights(model, dict(weights.named_parameters()))
+        model.load_state_dict(weights.state_dict())
         return model
 
 
@@ -3990,8 +3984,9 @@ def timed_score(session: Session, kind: str, losses_of, text: Validation, window
 def describe_recurrence(session: Session, trainer: Trainer, budget: float):
     """Say when the recurrent order starts, or that it never can."""
     config, step_seconds = session.config, trainer.step_seconds[trainer.plain_layout]
-    fitting = int(budget / step_seconds) if budget and step_seconds else config.iterations
-    steps = min(config.iterations, fitting)
+    steps = config.iterations
+    if budget and step_seconds:
+        steps = min(steps, int(budget / step_seconds))
     if config.recur_start_frac is not None:
         never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
     else:
@@ -4006,21 +4001,21 @@ def describe_recurrence(session: Session, trainer: Trainer, budget: float):
 def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
                       size: int) -> dict:
     """Log sizes, steps and bits of a written artifact and return them."""
-    log, total = session.log, size + code_bytes()
+    log, specs, total = session.log, quantizer.specs, size + code_bytes()
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
     if config.search_k and unused < 0:
         log.event("overfull", over_bytes=-unused,
                   parameters=fitting_parameters(config, size, unused + size))
-    rule = "fisher" if config.fisher_steps else "sdclip"
     bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
-                embed_bits=quantizer.bits(multiplier, "int8"))
-    log.event("bits", multiplier=multiplier, k=multiplier * quantizer.specs["int6"].k,
-              k_embed=multiplier * quantizer.specs["int8"].k, rule=rule, **bits)
-    coder, path = config.compressor, str(session.files.artifact)
-    log.event("artifact", compressor=coder, bytes=size, path=path)
-    log.event("total_size", compressor=coder, bytes=total)
+                                embed_bits=quantizer.bits(multiplier, "int8"))
+    log.event("bits", multiplier=multiplier, k=multiplier * specs["int6"].k,
+              k_embed=multiplier * specs["int8"].k,
+              rule="fisher" if config.fisher_steps else "sdclip", **bits)
+    log.event("artifact", compressor=config.compressor, bytes=size,
+              path=str(session.files.artifact))
+    log.event("total_size", compressor=config.compressor, bytes=total)
     return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(),
                 total_bytes=total, **bits)
 
@@ -4033,14 +4028,15 @@ def close_run(session: Session, facts: dict):
     log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
     text = " ".join(f"{name}={seconds:.1f}s" for name, seconds in spent.items())
     log.event("ledger", text_spans=text, **spent)
-    measured = [("training + calibration", facts.get("training_seconds"), TRAIN_LIMIT_SECONDS),
-                ("evaluation", spent.get("evaluate"), EVAL_LIMIT_SECONDS),
-                ("code + artifact", facts.get("total_bytes"), config.artifact_max_bytes)]
-    kept = {rule: value <= limit for rule, value, limit in measured if value is not None}
-    for rule, value, limit in measured:
-        if rule in kept:
+    kept = {}
+    for rule, value, limit, unit in (
+            ("training + calibration", facts.get("training_seconds"), TRAIN_LIMIT_SECONDS, "s"),
+            ("evaluation", spent.get("evaluate"), EVAL_LIMIT_SECONDS, "s"),
+            ("code + artifact", facts.get("total_bytes"), config.artifact_max_bytes, "bytes")):
+        if value is not None:
+            kept[rule] = value <= limit
             log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
-                      value=value, limit=limit, unit="bytes" if "artifact" in rule else "s")
+                      value=value, limit=limit, unit=unit)
     facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
     log.event("result", text_json=json.dumps(facts), **facts)
     log.close()
@@ -4130,7 +4126,7 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
         if trained:
             check_tensors(tensors, weight_forms(session.config), path)
             state.step, state.layout = step, layout
-            load_weights(state.model, tensors)
+            state.model.load_state_dict(tensors)
         else:
             state.load(tensors, step, layout)
     except (KeyError, RuntimeError) as error:
@@ -4264,7 +4260,7 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     # refuses before a hostile header's sizes are built
     state = restore_weights(header, tensors, config, source)
     model = session.build_model()
-    load_weights(model, state)
+    model.load_state_dict(state)
     layout = layout_of(header, config, source)
     return session, model, layout, hashlib.sha256(data).hexdigest()
 

@@ -100,7 +100,7 @@ class Bench:
                     continue
             config = self.config_of(dict(STEP_RULE=rule))
             model = t.GPT(config)
-            t.load_weights(model, self.weights)
+            model.load_state_dict(self.weights)
             calibration = t.Calibration(model, config, t.Runtime({}, config))
             stats = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
             self.stats[rule] = stats, calibration.readers
@@ -130,7 +130,7 @@ class Bench:
 
     def log_odds(self, weights) -> list[torch.Tensor]:
         model = t.GPT(self.config)
-        t.load_weights(model, weights)
+        model.load_state_dict(weights)
         with torch.inference_mode():
             return [model.logits(part, self.layout).log_softmax(-1).half()
                     for part in self.tokens.split(16)]

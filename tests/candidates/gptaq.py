@@ -10,8 +10,6 @@ layer after layer, since a repeated layer has inputs from several depths. Judged
 
 import torch
 
-import train_gpt as t
-
 DAMP = 0.01  # of the mean diagonal: where x̂ says little, the trained weights stay
 
 
@@ -21,7 +19,7 @@ def observe(model, weights, tokens, layout, names):
     handles = [model.get_submodule(name).register_forward_pre_hook(
                    lambda _, inputs, name=name: seen[name].append(inputs[0].flatten(0, -2)))
                for name in names]
-    t.load_weights(model, weights)
+    model.load_state_dict(weights)
     with torch.inference_mode():
         model(tokens, layout)
     for handle in handles:
