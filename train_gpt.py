@@ -326,41 +326,45 @@ NEUTRAL = dict(pair.split("=") for pair in """
 
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
-    faults, in_range = [], object.__new__(Config)
+    faults = []
+    defaults: dict[str, Any] = {}
     for name, f in KNOBS.items():
-        value, meta, before = getattr(config, name), f.metadata, len(faults)
-        object.__setattr__(in_range, name, value)
-        if value is None:
+        value, meta = getattr(config, name), f.metadata
+        if value in (None, f.default):
             continue
         if meta["least"] is not None and value < meta["least"]:
-            faults.append(f"{name.upper()}={value}: must be at least {meta['least']}")
-        if meta["most"] is not None and value > meta["most"]:
-            faults.append(f"{name.upper()}={value}: must be at most {meta['most']}")
-        if meta["choices"] and value not in meta["choices"]:
-            faults.append(f"{name.upper()}={value}: must be one of {', '.join(meta['choices'])}")
-        if len(faults) > before:  # so that the combinations can be judged all the same
-            object.__setattr__(in_range, name, f.default)
+            rule = f"at least {meta['least']}"
+        elif meta["most"] is not None and value > meta["most"]:
+            rule = f"at most {meta['most']}"
+        elif meta["choices"] and value not in meta["choices"]:
+            rule = f"one of {', '.join(meta['choices'])}"
+        else:
+            continue
+        faults.append(f"{name.upper()}={value}: must be {rule}")
+        defaults[name] = f.default
+    c = dataclasses.replace(config, **defaults)  # so that combinations can be judged all the same
+    rules = []
     if config.runs("train") or config.adopted:  # else the input file's settings are still to come
-        faults += combination_faults(in_range)
-    if config.input_path and config.stage not in ("quantize", "evaluate"):
-        faults.append(f"INPUT_PATH={config.input_path}: has a meaning only with STAGE=quantize or "
-                      "STAGE=evaluate")
-    if config.resume and not config.run_id:
-        faults.append("RESUME=1: needs the RUN_ID of the run to go on with")
-    if not re.fullmatch(r"(?!\.)[\w.-]*", config.run_id):
-        faults.append(f"RUN_ID={config.run_id}: names a folder: use letters, digits, '_', '-', '.'")
-    return faults
+        rules = combination_rules(c)
+    rules += [
+        (not c.input_path or c.stage in ("quantize", "evaluate"), "input_path",
+         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
+        (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
+        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
+         "names a folder: use letters, digits, '_', '-', '.'"),
+    ]
+    return faults + [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
+                     for holds, name, rule in rules if not holds]
 
 
-def combination_faults(c: Config) -> list[str]:
-    """Return the rules broken between settings that are each in range."""
+def combination_rules(c: Config) -> list[tuple]:
+    """Return (whether it holds, setting, rule) of what binds settings that are each in range."""
     layers, recur = set(range(c.num_layers)), c.recur_layers
-    contiguous = not recur or recur == tuple(range(recur[0], recur[0] + len(recur)))
+    contiguous = all(b == a + 1 for a, b in itertools.pairwise(recur))
     known = set(c.virtual_order or recur) <= layers and contiguous
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
     lanes = [i >= c.parallel_start_layer for i in decoder]
-    limit = c.max_wallclock_seconds
-    rules = [
+    return [
         (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
         (c.num_heads % c.num_kv_heads == 0, "num_heads", "must be a multiple of NUM_KV_HEADS"),
         (c.head_dim % 2 == 0, "num_heads", "the head width MODEL_DIM / NUM_HEADS must be even"),
@@ -384,11 +388,9 @@ def combination_faults(c: Config) -> list[str]:
          "must be different layers below NUM_LAYERS"),
         (c.step_rule != "fisher" or (c.gptq_enabled and c.search_k), "step_rule",
          "needs GPTQ_ENABLED=1, and no SDCLIP_K or SDCLIP_K_EMBED"),
-        (not limit or c.gptq_reserve_seconds < limit, "gptq_reserve_seconds",
+        (c.gptq_reserve_seconds < (c.max_wallclock_seconds or math.inf), "gptq_reserve_seconds",
          "must be less than MAX_WALLCLOCK_SECONDS"),
     ]
-    return [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
-            for holds, name, rule in rules if not holds]
 
 
 def parse_setting(text: str, kind):

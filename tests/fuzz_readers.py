@@ -36,7 +36,7 @@ LIMIT_SECONDS = 20
 # allocator and for a header of the largest size that is read at all.
 LIMIT_BYTES = 64 << 20
 READERS = """unpack_tensors decompress open_container check_tensors check_no_more restore_weights
-    decode_codes rans_decode stored_settings adopt config_faults combination_faults parse_setting
+    decode_codes rans_decode stored_settings adopt config_faults combination_rules parse_setting
     load_config name_faults Journal.__init__ open_shard resume_faults read_shard read_run find_log
     plain_lines lines_of read_events read_text LineReader.read""".split()
 # JSON values a header, a log or a journal may not expect in the place they come to
