@@ -393,26 +393,28 @@ def combination_rules(c: Config) -> list[tuple]:
     ]
 
 
+SWITCHES = {"0": 0, "false": 0, "1": 1, "true": 1}
+
+
 def parse_setting(text: str, kind):
     """Return `text` as a knob's annotated type; raises ValueError saying what was expected."""
     text, (kind, *optional) = text.strip(), kind.split(" | ")
     if optional and text.lower() in ("", "auto"):
         return None
-    words = {"0": False, "false": False, "1": True, "true": True}
-    try:
-        if kind == "str":
-            return text
+    if kind == "str":
+        return text
+    with contextlib.suppress(ValueError, KeyError):
         if kind == "bool":
-            return words[text.lower()]
-        if kind == "float" and not math.isfinite(float(text)):
-            raise ValueError
+            return bool(SWITCHES[text.lower()])
+        if kind == "int":
+            return int(text)
         if kind.startswith("tuple"):
             items = [part.strip() for part in text.split(",") if part.strip()]
             return tuple(items if "str" in kind else map(int, items))
-        return {"int": int, "float": float}[kind](text)
-    except (ValueError, KeyError):
-        expected = {"int": "a whole number", "float": "a finite number", "bool": "0 or 1"}
-        raise ValueError(expected.get(kind, "whole numbers with commas between")) from None
+        if math.isfinite(number := float(text)):
+            return number
+    expected = {"int": "a whole number", "float": "a finite number", "bool": "0 or 1"}
+    raise ValueError(expected.get(kind, "whole numbers with commas between"))
 
 
 def slips(a: str, b: str) -> int:
@@ -441,12 +443,13 @@ def misspelt(name: str, known) -> str | None:
     plain = name.upper().replace("-", "_")
     near = []
     for other in known:
-        allowed = 2 if min(len(plain), len(other)) >= 10 else 1
+        shorter = min(len(plain), len(other))
+        allowed = 2 if shorter >= 10 else 1
         if plain.replace("_", "") == other.replace("_", ""):
             near.append((0, other))
         elif abs(len(plain) - len(other)) <= allowed and (far := slips(plain, other)) <= allowed:
             near.append((far, other))
-        elif plain[:len(other)] == other[:len(plain)] and min(len(plain), len(other)) >= 8:
+        elif shorter >= 8 and plain[:shorter] == other[:shorter]:
             near.append((3, other))
         elif "_" in plain and plain.split("_")[0] == other.split("_")[0] in FAMILIES:
             near.append((4 + slips(plain, other), other))
@@ -455,24 +458,23 @@ def misspelt(name: str, known) -> str | None:
 
 def same_value(text: str, neutral: str) -> bool:
     """Return whether two spellings of a setting mean the same value."""
-    words = {"false": "0", "true": "1"}
-    text, neutral = (words.get(t.strip().lower(), t.strip().lower()) for t in (text, neutral))
+    text = text.strip().lower()
     try:
-        return float(text) == float(neutral)
+        return float(SWITCHES.get(text, text)) == float(neutral)
     except ValueError:
         return text == neutral
 
 
 def name_faults(env) -> list[str]:
     """Return faults of names: slips of a setting, and other systems' names at a value not built."""
-    known = [*(name.upper() for name in KNOBS), *WITHOUT_EFFECT, *NEUTRAL]
-    allowed, faults = {part.strip() for part in env.get("ALLOW_ENV", "").split(",")}, []
-    for name in sorted(set(env) - set(known) - allowed):
+    known = [*map(str.upper, KNOBS), *WITHOUT_EFFECT, *NEUTRAL]
+    allowed, faults = parse_setting(env.get("ALLOW_ENV", ""), "tuple[str, ...]"), []
+    for name in sorted(set(env).difference(known, allowed)):
         if other := misspelt(name, known):
             faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
                           f"If it is not meant for this script: ALLOW_ENV={name}")
     for name, neutral in NEUTRAL.items():
-        if env.get(name, "") != "" and not same_value(env[name], neutral):
+        if env.get(name) and not same_value(env[name], neutral):
             only = f"only {name}={neutral} describes this script; " if neutral else ""
             faults.append(f"{name}={env[name]}: not built; {only}unset it")
     return faults
