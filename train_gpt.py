@@ -67,11 +67,12 @@ except ImportError:
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
 STAGES = ("train", "quantize", "evaluate")
-# Topic -> the stage that consumes its settings. Those of the last three determine the model, its
-# codes or its score: they travel in the artifact.
+# Topic -> the stage that consumes its settings.
 TOPICS = {"run": "run", "data": "run", "schedule": "train", "optimizer": "train",
           "calibration": "train", "model": "train", "quantization": "quantize",
           "evaluation": "evaluate"}
+# Topics whose settings determine the model, its codes or its score: they travel in the artifact.
+# One of each stage, in that order.
 ARTIFACT_TOPICS = ("model", "quantization", "evaluation")
 
 
@@ -509,22 +510,19 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     Raises ConfigError when a setting that an earlier stage consumed is set to another value than
     the file's: it could not have any effect any more.
     """
-    stored, faults = stored_settings(header, origin), []
-    values, consumed = {}, [name for name, f in KNOBS.items()
-                            if f.metadata["topic"] in ARTIFACT_TOPICS
-                            and STAGES.index(f.metadata["stage"]) < STAGES.index(stage)]
-    if lacking := sorted(set(consumed) - set(stored)):
+    stored = stored_settings(header, origin)
+    consumed = {name for name, f in KNOBS.items()
+                if f.metadata["topic"] in ARTIFACT_TOPICS[:STAGES.index(stage)]}
+    if lacking := sorted(consumed - set(stored)):
         raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
                            "that wrote it, or make it again"], shared=True)
-    for name, value in stored.items():
-        current, earlier = getattr(config, name), name in consumed
-        if earlier and name in config.explicit and current != value:
-            faults.append(f"{name.upper()}={show_value(current)}: {origin} was made with "
-                          f"{show_value(value)}; unset it")
-        elif earlier or name not in config.explicit:
-            values[name] = value
+    faults = [f"{name.upper()}={show_value(getattr(config, name))}: {origin} was made with "
+              f"{show_value(stored[name])}; unset it" for name in sorted(config.explicit & consumed)
+              if getattr(config, name) != stored[name]]
+    values = {name: value for name, value in stored.items()
+              if name in consumed or name not in config.explicit}
     config = dataclasses.replace(config, adopted=True, **values)
-    faults = sorted(faults) or [f"{origin}: {fault}" for fault in config_faults(config)]
+    faults = faults or [f"{origin}: {fault}" for fault in config_faults(config)]
     if faults:
         raise ConfigError(faults, shared=True)
     return config
@@ -532,20 +530,15 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
 
 def stored_settings(header: dict, origin: Path) -> dict:
     """Return the settings in a file's header; raises ConfigError unless each may travel there."""
-    stored = header.get("config")
-    if not isinstance(stored, dict):
-        raise ConfigError([f"{origin}: its header holds no settings; make the file again"])
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in header["config"].items()}
     for name, value in values.items():
-        try:
+        with contextlib.suppress(KeyError, ValueError):
             f = KNOBS[name]
-            sound = (parse_setting(show_value(value), f.type) == value
-                     and f.metadata["topic"] in ARTIFACT_TOPICS)
-        except (KeyError, ValueError):
-            sound = False
-        if not sound:
-            raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use "
-                               "the train_gpt.py that wrote it"])
+            if (f.metadata["topic"] in ARTIFACT_TOPICS
+                    and parse_setting(show_value(value), f.type) == value):
+                continue
+        raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use the "
+                           "train_gpt.py that wrote it"])
     return values
 
 
