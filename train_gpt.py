@@ -67,10 +67,6 @@ except ImportError:
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
 STAGES = ("train", "quantize", "evaluate")
-# Topic -> the stage that consumes its settings.
-TOPICS = {"run": "run", "data": "run", "schedule": "train", "optimizer": "train",
-          "calibration": "train", "model": "train", "quantization": "quantize",
-          "evaluation": "evaluate"}
 # Topics whose settings determine the model, its codes or its score: they travel in the artifact.
 # One of each stage, in that order.
 ARTIFACT_TOPICS = ("model", "quantization", "evaluation")
@@ -87,11 +83,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
-def topic(name: str):
-    """Return the declarer of one topic's settings."""
+def topic(name: str, stage: str):
+    """Return the declarer of one topic's settings, which `stage` consumes."""
     def knob(default, note, least=None, most=None, choices=()):
         """Declare one setting: its default, meaning with unit and source, and range."""
-        return field(default=default, metadata=dict(note=note, topic=name, stage=TOPICS[name],
+        return field(default=default, metadata=dict(note=note, topic=name, stage=stage,
                                                     least=least, most=most, choices=choices))
     return knob
 
@@ -103,7 +99,7 @@ class Config:
     explicit: frozenset = frozenset()
     adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
-    knob = topic("run")
+    knob = topic("run", "run")
     preset: str = knob("", "named set of defaults; environment settings still beat it")
     stage: str = knob("all", "which part to run", choices=("all", *STAGES))
     run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag")
@@ -117,12 +113,12 @@ class Config:
                                   choices=("auto", "fa3", "cudnn", "flash", "math"))
     allow_env: tuple[str, ...] = knob((), "names that look like misspelt settings, are not")
 
-    knob = topic("data")
+    knob = topic("data", "run")
     data_dir: str = knob("./data/", "holds datasets/fineweb10B_sp{V} and tokenizers/")
     data_path: str = knob("", "shard folder; beats DATA_DIR")
     tokenizer_path: str = knob("", "SentencePiece model; beats DATA_DIR")
 
-    knob = topic("schedule")
+    knob = topic("schedule", "train")
     iterations: int = knob(20_000, "optimizer steps at most", 0, 10 ** 9)
     max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only", 0)
     train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", 1, 1 << 32)
@@ -136,7 +132,7 @@ class Config:
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end", 0)
     prequant_sliding: bool = knob(False, "score the averaged weights by sliding window too")
 
-    knob = topic("optimizer")
+    knob = topic("optimizer", "train")
     tied_embed_lr: float = knob(0.03, "peak AdamW rate of the embeddings", 0)
     matrix_lr: float = knob(0.022, "peak Muon rate; PR #1445", 0)
     scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", 0)
@@ -154,13 +150,13 @@ class Config:
     adam_wd: float = knob(0.02, "weight decay of gains, scales, gates", 0)
     ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", 0, 0.9999999)
 
-    knob = topic("calibration")
+    knob = topic("calibration", "train")
     gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
     gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
                               choices=("all", "first"))
 
-    knob = topic("model")
+    knob = topic("model", "train")
     seed: int = knob(1337, "initial weights and data order", 0, (1 << 63) - 1)
     vocab_size: int = knob(8192, "token ids; PR #1394", 2, 65_536)
     train_seq_len: int = knob(2048, "tokens per training window", 2, 1 << 20)
@@ -185,7 +181,7 @@ class Config:
     virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
     parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
-    knob = topic("quantization")
+    knob = topic("quantization", "quantize")
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
     embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
     step_rule: str = knob("auto", "fisher: steps by sensitivity; auto: sdclip if a k is given",
@@ -205,7 +201,7 @@ class Config:
     compressor: str = knob("rans", "coder of the codes", choices=("rans", "brotli", "lzma"))
     artifact_max_bytes: int = knob(16_000_000, "cap on code + artifact", 1, 1 << 40)
 
-    knob = topic("evaluation")
+    knob = topic("evaluation", "evaluate")
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
     eval_stride: int = knob(64, "tokens scored per sliding window", 1)
@@ -554,7 +550,7 @@ def notices(config: Config, env) -> list[str]:
              for name, why in WITHOUT_EFFECT.items() if name in env]
     for name, f in KNOBS.items():
         stage = f.metadata["stage"]
-        if name.upper() in env and "run" != stage != config.stage != "all":
+        if name.upper() in env and stage != "run" and not config.runs(stage):
             if STAGES.index(stage) > STAGES.index(config.stage):
                 lines.append(f"{name.upper()}: acts in STAGE={stage}; kept in this run's files")
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
@@ -591,23 +587,23 @@ def help_text() -> str:
              "--inspect FILE: the header of a run's weights, statistics or artifact, and bytes by "
              "tensor",
              "Settings are environment variables: NAME = default, meaning."]
-    for topic in TOPICS:
-        lines.append(f"\n{topic}")
-        for name, f in KNOBS.items():
-            if f.metadata["topic"] == topic:
-                choices = " | ".join(f.metadata["choices"])
-                extra = f" [{choices}]" if choices else ""
-                kind = re.sub(r"tuple\[(\w+), ...\]", r"\1 list", str(f.type)).replace(
-                    "None", "auto")
-                lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
-                             f"      {kind}: {f.metadata['note']}{extra}")
+    heading = ""
+    for name, f in KNOBS.items():
+        if f.metadata["topic"] != heading:
+            heading = f.metadata["topic"]
+            lines.append(f"\n{heading}")
+        choices = " | ".join(f.metadata["choices"])
+        extra = f" [{choices}]" if choices else ""
+        kind = str(f.type).replace("None", "auto").replace("tuple[", "").replace(", ...]", " list")
+        lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
+                     f"      {kind}: {f.metadata['note']}{extra}")
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
     for name, values in PRESETS.items():
         settings = " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items())
         lines.append(f"  {name}: {settings}")
     lines.append("\nknown, without effect\n  " + " ".join(WITHOUT_EFFECT))
-    foreign = " ".join(f"{name}={value}" for name, value in NEUTRAL.items())
-    lines.append(f"\nnot built, accepted only at the value shown (none: unset)\n  {foreign}")
+    lines.append("\nnot built, accepted only at the value shown (none: unset)\n  "
+                 + " ".join(map("=".join, NEUTRAL.items())))
     return "\n".join(lines)
 
 
