@@ -92,6 +92,31 @@ def topic(name: str, stage: str):
     return knob
 
 
+PRESETS: dict[str, dict] = {
+    # PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
+    # sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
+    "pr1471": dict(
+        skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
+        sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
+        gptq_reserve_seconds=10.0, compressor="brotli"),
+    # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
+    # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
+    "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
+                    train_log_every=50, gptq_calibration_batches=16),
+    # A small sibling for the corpus that data/build_demo.py makes: every part of a record run,
+    # minutes on a laptop.
+    "demo": dict(
+        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+        vocab_size=1024, max_wallclock_seconds=0.0, iterations=200, train_batch_tokens=4096,
+        micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256, num_layers=6, model_dim=128,
+        num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_layers=(4, 5), ve_dim=32, recur_layers=(2, 3),
+        parallel_start_layer=4, recur_start_frac=0.35, muon_momentum_warmup_frac=0.3,
+        warmup_steps=2, ema_decay=0.95, train_log_every=20, val_loss_every=100,
+        val_batch_tokens=65_536, fp16_max_numel=4096, prequant_sliding=True,
+        artifact_max_bytes=785_000),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run, the same on every rank; `explicit` names those env or preset set."""
@@ -100,7 +125,7 @@ class Config:
     adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
     knob = topic("run", "run")
-    preset: str = knob("", "named set of defaults; environment settings still beat it")
+    preset: str = knob("", "named defaults; environment settings beat them", choices=tuple(PRESETS))
     stage: str = knob("all", "which part to run", choices=("all", *STAGES))
     run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag")
     input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads")
@@ -268,30 +293,6 @@ class Config:
 
 
 KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
-
-PRESETS: dict[str, dict] = {
-    # PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
-    # sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
-    "pr1471": dict(
-        skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
-        sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
-        gptq_reserve_seconds=10.0, compressor="brotli"),
-    # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
-    # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
-    "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
-                    train_log_every=50, gptq_calibration_batches=16),
-    # A small sibling for the corpus that data/build_demo.py makes: every part of a record run,
-    # minutes on a laptop.
-    "demo": dict(
-        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-        vocab_size=1024, max_wallclock_seconds=0.0, iterations=200, train_batch_tokens=4096,
-        micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256, num_layers=6, model_dim=128,
-        num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_layers=(4, 5), ve_dim=32, recur_layers=(2, 3),
-        parallel_start_layer=4, recur_start_frac=0.35, muon_momentum_warmup_frac=0.3,
-        warmup_steps=2, ema_decay=0.95, train_log_every=20, val_loss_every=100,
-        gptq_calibration_batches=64, val_batch_tokens=65_536, fp16_max_numel=4096,
-        prequant_sliding=True, artifact_max_bytes=785_000),
-}
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -483,10 +484,7 @@ def load_config(env) -> Config:
     Raises ConfigError with all faults at once: misspelt names, bad types, ranges, combinations,
     names of other systems at a value this script does not build.
     """
-    faults, preset = name_faults(env), env.get("PRESET", "").strip()
-    if preset and preset not in PRESETS:
-        faults.append(f"PRESET={preset}: must be one of {', '.join(PRESETS)}")
-    values = dict(PRESETS.get(preset, {}))
+    faults, values = name_faults(env), dict(PRESETS.get(env.get("PRESET", "").strip(), {}))
     for name, f in KNOBS.items():
         if name.upper() in env:
             try:
