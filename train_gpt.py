@@ -79,8 +79,8 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, faults: list[str], shared: bool = False):
-        self.faults, self.shared = list(faults), shared
-        super().__init__("\n".join(self.faults))
+        self.faults, self.shared = faults, shared
+        super().__init__("\n".join(faults))
 
 
 def topic(name: str, stage: str):
@@ -250,26 +250,19 @@ class Config:
     fisher_steps = property(lambda c: c.step_rule == "fisher" or (
         c.step_rule == "auto" and c.gptq_enabled and c.search_k))
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
+    shard_dir = property(lambda c: Path(
+        c.data_path or Path(c.data_dir, f"datasets/fineweb10B_sp{c.vocab_size}")))
+    tokenizer_file = property(lambda c: Path(
+        c.tokenizer_path or Path(c.data_dir, f"tokenizers/fineweb_{c.vocab_size}_bpe.model")))
+    calibration_windows = property(lambda c: max(
+        1, c.gptq_calibration_batches * c.train_batch_tokens // 8 // c.train_seq_len))
     # window plans: (tokens of a window, distance of their starts, windows a forward)
     whole_windows = property(lambda c: (c.eval_seq_len, c.eval_seq_len, c.eval_batch_windows))
     sliding_windows = property(lambda c: (c.eval_seq_len, c.eval_stride, c.eval_batch_windows))
-
-    @property
-    def stream_plan(self) -> tuple[int, int, int]:
-        """Stretches of STREAM_WINDOWS windows; but the first, each reads one before it scores."""
-        length = self.eval_seq_len * self.stream_windows
-        return (length, length - self.eval_seq_len,
-                max(1, self.eval_batch_windows // self.stream_windows))
-
-    @property
-    def shard_dir(self) -> Path:
-        default = Path(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}")
-        return Path(self.data_path or default)
-
-    @property
-    def tokenizer_file(self) -> Path:
-        default = Path(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model")
-        return Path(self.tokenizer_path or default)
+    # stretches of STREAM_WINDOWS windows; but the first, each reads one before it scores
+    stream_plan = property(lambda c: (
+        c.eval_seq_len * c.stream_windows, c.eval_seq_len * (c.stream_windows - 1),
+        max(1, c.eval_batch_windows // c.stream_windows)))
 
     @property
     def recurrent_order(self) -> tuple[int, ...]:
@@ -278,11 +271,6 @@ class Config:
             return self.virtual_order or self.base_order
         end = self.recur_layers[-1] + 1
         return self.base_order[:end] + self.recur_layers + self.base_order[end:]
-
-    @property
-    def calibration_windows(self) -> int:
-        tokens = self.gptq_calibration_batches * self.train_batch_tokens // 8
-        return max(1, tokens // self.train_seq_len)
 
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
