@@ -4083,7 +4083,7 @@ def save_weights(session: Session, state: TrainState, header: dict):
 
 def layout_of(header: dict, config: Config, origin) -> Layout:
     """Return the layout a file was made in; ContainerError where its settings give no such."""
-    for layout in reversed(layouts_of(config)):
+    for layout in layouts_of(config):
         if list(layout.order) == header["order"]:
             return layout
     raise ContainerError(f"{origin}: layer order {header['order'][:99]} is not one its settings "
@@ -4264,7 +4264,7 @@ def evaluate_stage(session: Session) -> dict:
     with clock.span("evaluate"):
         for kind, (losses, windows) in kinds.items():
             task = f"{kind} {digest} {text.sha256} {windows}"
-            found = timed_score(session, kind, lambda x, y, losses=losses: losses(x, y, layout),
+            found = timed_score(session, kind, functools.partial(losses, layout=layout),
                                 text, windows, Journal(path, task))
             scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
                                 bytes=found.bytes)
@@ -4279,10 +4279,10 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
     """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
     config = load_config(env)
     runtime = Runtime(env, config)
-    tag = runtime.share(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}")
+    tag = runtime.share(time.strftime("%Y%m%d-%H%M%S-") + os.urandom(3).hex())
     files = RunFiles(config.run_id or tag)
     first = files.stage_input(config)
-    found = runtime.share(bool(first and first[0].is_file()))  # rank 0's disk holds the files
+    found = runtime.share(first and first[0].is_file())  # rank 0's disk holds the files
     if first and found:
         header = runtime.first(lambda *file: read_tensors(*file)[0], *first)
         config = adopt(config, header, config.stage, first[0])
@@ -4351,16 +4351,16 @@ def main(argv: list[str], env) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
-    inspects = argv[:1] == ["--inspect"] and len(argv) == 2
-    if not inspects and argv not in ([], ["--check"]):
-        print(f"error: unknown arguments {' '.join(argv)}: one of --check, --inspect FILE, --help; "
-              "settings are environment variables", file=sys.stderr)
-        return 2
     try:
-        if inspects:
-            print(inspect_text(Path(argv[1])))
-        else:
-            run(env, check="--check" in argv)
+        match argv:
+            case [] | ["--check"]:
+                run(env, check=bool(argv))
+            case ["--inspect", path]:
+                print(inspect_text(Path(path)))
+            case _:
+                print(f"error: unknown arguments {' '.join(argv)}: one of --check, --inspect FILE, "
+                      "--help; settings are environment variables", file=sys.stderr)
+                return 2
         return 0
     except (ValueError, OSError) as error:
         faults, shared = getattr(error, "faults", [str(error)]), getattr(error, "shared", False)
