@@ -1293,22 +1293,22 @@ def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
     Four Feistel rounds over the next even power of two, walked until the value falls below
     `size`: no table, so any stretch of an epoch costs only its own length.
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
     keys = np.frombuffer(key, dtype="<u8")
 
     def scramble(x):
         left, right = x >> half, x & mask
         for round_key in keys:
-            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+            mixed = (right ^ round_key) * 0x9E3779B97F4A7C15
+            mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9
+            left, right = right, left ^ ((mixed >> 32) & mask)
         return (left << half) | right
 
-    out = scramble(np.asarray(index, dtype=np.uint64))
+    out = scramble(index.astype(np.uint64))
     while (outside := out >= size).any():
         out[outside] = scramble(out[outside])
-    return out.astype(np.int64)
+    return out
 
 
 def window_order(seed: int, num_windows: int, start: int, count: int) -> np.ndarray:
@@ -1317,7 +1317,7 @@ def window_order(seed: int, num_windows: int, start: int, count: int) -> np.ndar
     Every epoch visits each window once, in an order that depends on the seed and the epoch alone.
     """
     epochs, positions = np.divmod(np.arange(start, start + count), num_windows)
-    out = np.empty(count, dtype=np.int64)
+    out = np.empty_like(positions)
     for epoch in np.unique(epochs):
         key = hashlib.sha256(f"window order {seed} {epoch}".encode()).digest()
         out[epochs == epoch] = keyed_permutation(positions[epochs == epoch], num_windows, key)
