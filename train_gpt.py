@@ -1332,15 +1332,12 @@ class ShardSet:
         self.first = np.cumsum([0, *(max(0, len(s) - 1) // seq_len for s in self.shards)])
         self.num_windows, self.num_tokens = int(self.first[-1]), sum(map(len, self.shards))
 
-    def window(self, index: int) -> np.ndarray:
-        """Return window `index`, (T + 1,) uint16."""
-        shard = int(np.searchsorted(self.first, index, side="right")) - 1
-        start = (index - int(self.first[shard])) * self.seq_len
-        return self.shards[shard][start:start + self.seq_len + 1]
-
-    def windows(self, indices) -> np.ndarray:
-        """Return several windows, (B, T + 1) uint16."""
-        return np.stack([self.window(int(i)) for i in indices])
+    def windows(self, indices: np.ndarray) -> np.ndarray:
+        """Return windows (B, T + 1), uint16, by their indices (B,)."""
+        shards = self.first.searchsorted(indices, "right") - 1
+        starts = (indices - self.first[shards]) * self.seq_len
+        return np.stack([self.shards[shard][start:start + self.seq_len + 1]
+                         for shard, start in zip(shards, starts)])
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -1361,22 +1358,21 @@ class Loader:
     """This rank's share of every step's windows; reads one step ahead on a thread."""
 
     def __init__(self, shards: ShardSet, config: Config, runtime: Runtime):
-        self.shards, self.seed, self.vocab_size = shards, config.seed, config.vocab_size
-        self.per_step, self.device = config.step_windows, runtime.device
-        self.per_rank = self.per_step // runtime.world_size
+        self.shards, self.config, self.device = shards, config, runtime.device
+        self.per_rank = config.step_windows // runtime.world_size
         self.offset = runtime.rank * self.per_rank
-        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}  # step -> its windows to come
 
     def read(self, start: int, count: int) -> Tensor:
         """Return the windows at `count` positions of the training order.
 
         (count, T + 1), int64, on the device. Raises ValueError on a token beyond the vocabulary.
         """
-        order = window_order(self.seed, self.shards.num_windows, start, count)
+        order = window_order(self.config.seed, self.shards.num_windows, start, count)
         windows = self.shards.windows(order)
-        if windows.max() >= self.vocab_size:
+        if windows.max() >= self.config.vocab_size:
             raise ValueError(f"training shards hold token {windows.max()}, VOCAB_SIZE="
-                             f"{self.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
+                             f"{self.config.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
         tokens = torch.from_numpy(windows.view(np.int16))  # two bytes a token to the device
         if self.device.type == "cuda":
             tokens = tokens.pin_memory()
@@ -1384,10 +1380,11 @@ class Loader:
 
     def batch(self, step: int) -> Tensor:
         """Return this rank's windows of a step, (B, T + 1); rank r holds the r-th share."""
-        start = step * self.per_step + self.offset
-        pending = self.ahead.pop(step, None) or self.pool.submit(self.read, start, self.per_rank)
-        self.ahead[step + 1] = self.pool.submit(self.read, start + self.per_step, self.per_rank)
-        return pending.result()
+        for wanted in (step, step + 1):
+            if wanted not in self.ahead:
+                start = wanted * self.config.step_windows + self.offset
+                self.ahead[wanted] = self.pool.submit(self.read, start, self.per_rank)
+        return self.ahead.pop(step).result()
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)

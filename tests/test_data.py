@@ -139,7 +139,7 @@ def test_order_mixes(size):
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
 def test_windows_partition_the_targets_of_each_shard(tmp_path_factory, sizes, seq_len):
     found = ShardSet(write_numbered(tmp_path_factory.mktemp("s"), sizes), seq_len)
-    windows = [found.window(i).tolist() for i in range(found.num_windows)]
+    windows = [found.windows([i])[0].tolist() for i in range(found.num_windows)]
     expected, end = [], 0
     for size in sizes:  # they overlap by one token, and none crosses into the next shard
         start, end = end, end + size
@@ -195,7 +195,7 @@ def test_ranks_together_read_the_single_rank_batch_in_rank_order(numbered, world
 def test_steps_walk_through_the_epochs_window_by_window(numbered):
     starts = [window[0] for batch in batches(numbered, range(25)) for window in batch]
     windows = ShardSet(train_gpt.find_shards(numbered, "train"), 8)
-    expected = Counter(int(windows.window(i)[0]) for i in range(windows.num_windows))
+    expected = Counter(windows.windows(range(windows.num_windows))[:, 0].tolist())
     assert windows.num_windows == 25
     for epoch in range(8):  # 25 steps of eight are eight epochs of 25
         assert Counter(starts[25 * epoch:25 * epoch + 25]) == expected
