@@ -1399,7 +1399,8 @@ def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.n
     if processor.piece_to_id("▁") == processor.unk_id():
         raise ValueError("tokenizer: '▁' is not a piece of its own, so a space would count as "
                          "3 bytes; use one of the challenge's, or train one with that piece")
-    piece_bytes, leading = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
+    # 40 million targets on every rank: two bytes each
+    piece_bytes, leading = np.zeros(vocab_size, np.uint16), np.zeros(vocab_size, bool)
     boundary = np.ones(vocab_size, bool)
     for i in range(min(processor.vocab_size(), vocab_size)):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
@@ -1452,7 +1453,6 @@ def load_validation(config: Config) -> Validation:
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
     piece_bytes, leading, boundary = byte_table(load_tokenizer(config.tokenizer_file), vocab_size)
     before, after = tokens[:-1], tokens[1:]
-    piece_bytes = piece_bytes.astype(np.uint16)  # 40 million targets on every rank: keep it small
     target_bytes = by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
     if sidecars := find_shards(folder, "val_bytes"):
         sidecar = np.concatenate([open_shard(path) for path in sidecars])
@@ -1460,16 +1460,15 @@ def load_validation(config: Config) -> Validation:
             raise ValueError(f"{folder}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
                              "validation tokens; remove it or build it again")
         target_bytes = sidecar[1:]
-    everything = len(after)
-    legacy = everything - everything % config.eval_seq_len
-    kept = everything if config.score_tail else legacy
+    whole = len(after)
+    legacy = whole - whole % config.eval_seq_len
+    kept = whole if config.score_tail else legacy
     if not target_bytes[:kept].sum():
-        raise ValueError(f"{folder}: {everything} validation targets leave nothing to score with "
+        raise ValueError(f"{folder}: {whole} validation targets leave nothing to score with "
                          f"EVAL_SEQ_LEN={config.eval_seq_len} SCORE_TAIL={int(config.score_tail)}")
     return Validation(tokens[:kept + 1], target_bytes[:kept],
-                      int(by_table[:kept].sum()), "sidecar" if sidecars else "table", everything,
-                      legacy, hashlib.sha256(tokens.tobytes()).hexdigest(),
-                      name_validation(by_table))
+                      int(by_table[:kept].sum()), "sidecar" if sidecars else "table", whole, legacy,
+                      hashlib.sha256(tokens.tobytes()).hexdigest(), name_validation(by_table))
 
 
 def data_faults(config: Config) -> list[str]:
