@@ -1477,28 +1477,28 @@ def data_faults(config: Config) -> list[str]:
         return []
     folder, faults = config.shard_dir, []
     splits = ("train", "val") if config.runs("train") else ("val",)
-    shards = {split: find_shards(folder, split) for split in (*splits, "val_bytes")}
+    shards = {split: find_shards(folder, split) for split in splits}
     for split, files in shards.items():
-        if not files and split in splits:
+        if not files:
             where = f"no fineweb_{split}_*.bin in it" if folder.is_dir() else "no such folder"
             faults.append(f"DATA_PATH={folder}: {where}")
         for path in files:
             try:
                 largest = open_shard(path)[:65_536].max(initial=0)
-                if largest >= config.vocab_size and split in splits:
+                if largest >= config.vocab_size:
                     faults.append(f"{path}: token {largest} is outside VOCAB_SIZE="
                                   f"{config.vocab_size}: a shard of another vocabulary")
             except (ValueError, OSError) as error:
                 faults.append(str(error))
     if not config.tokenizer_file.is_file():
         faults.append(f"TOKENIZER_PATH={config.tokenizer_file}: no such file")
-    if not all(shards[split] for split in splits):
+    if not all(shards.values()):
         faults.append(GET_DATA)
-    faults = faults or tokenizer_faults(config)
     if not faults and sentencepiece is not None:
         try:
+            check_tokenizer(config)
             load_validation(config)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             faults.append(str(error))
     if not faults and config.runs("train"):
         text = ShardSet(shards["train"], config.train_seq_len)
@@ -1509,31 +1509,26 @@ def data_faults(config: Config) -> list[str]:
     return faults
 
 
-def tokenizer_faults(config: Config) -> list[str]:
-    """Return why the tokenizer cannot be the one the validation shards were written with."""
-    if sentencepiece is None:
-        return []
+def check_tokenizer(config: Config):
+    """Raise ValueError if the tokenizer cannot be the one that wrote the validation shards."""
+    processor = load_tokenizer(config.tokenizer_file)
     name = f"TOKENIZER_PATH={config.tokenizer_file}"
-    try:
-        processor = load_tokenizer(config.tokenizer_file)
-        pieces = processor.vocab_size()
-        if pieces != config.vocab_size:
-            return [f"{name}: {pieces} pieces, VOCAB_SIZE={config.vocab_size}; set one to match"]
-        byte_table(processor, config.vocab_size)
-    except ValueError as error:
-        return [str(error)]
+    if (pieces := processor.vocab_size()) != config.vocab_size:
+        raise ValueError(f"{name}: {pieces} pieces, VOCAB_SIZE={config.vocab_size}; set one to "
+                         "match")
+    byte_table(processor, config.vocab_size)  # says more of one without a piece for the space
     # What a tokenizer decodes, it encodes again to the same ids (all of them, measured); another
     # one of the same size gives back 95 % at most.
-    kept, ids, documents = 0, open_shard(find_shards(config.shard_dir, "val")[0])[:20_000], [[]]
-    for i in ids.tolist():
-        documents.append([]) if processor.is_control(i) else documents[-1].append(i)
-    for document in documents:
+    ids, kept, whole = open_shard(find_shards(config.shard_dir, "val")[0])[:20_000].tolist(), 0, 0
+    for between, run in itertools.groupby(ids, processor.is_control):
+        document = [] if between else list(run)
         again = processor.encode(processor.decode(document))
         kept += (Counter(document) & Counter(again)).total()
-    if kept < 0.98 * (whole := sum(map(len, documents))):
-        return [f"{name}: encodes the validation shard's text to other ids ({kept} of {whole} "
-                "agree): another tokenizer wrote it; set TOKENIZER_PATH to that one"]
-    return []
+        whole += len(document)
+    if kept < 0.98 * whole:
+        raise ValueError(f"{name}: encodes the validation shard's text to other ids ({kept} of "
+                         f"{whole} agree): another tokenizer wrote it; set TOKENIZER_PATH to that "
+                         "one")
 
 
 # == 4 Kernels: one fast form, one plain form per operation =======================================
