@@ -1543,10 +1543,14 @@ def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         return attention_math(q_BTHK, k_BTGK, v_BTGK)
     if before:
         q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, before, 0))
+    return grouped_sdpa(q_BTHK, k_BTGK, v_BTGK, is_causal=True)[:, before:]
+
+
+def grouped_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, **mask) -> Tensor:
+    """Call PyTorch's scaled_dot_product_attention in this script's order of axes."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                         enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)[:, before:]
+    return F.scaled_dot_product_attention(
+        q, k, v, enable_gqa=q.shape[1] != k.shape[1], **mask).transpose(1, 2)
 
 
 def windowed_attention(window: int):
@@ -1555,22 +1559,18 @@ def windowed_attention(window: int):
     Positions are cut into blocks of `window`: each attends to its own block and the one before.
     """
     def attention_windowed(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        (batch, length, *_), queries = k_BTGK.shape, q_BTHK.shape[1]
+        length, queries = k_BTGK.shape[1], q_BTHK.shape[1]
         q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, length - queries, 0))
-        blocks = -(-length // window)
-        fill = 0, 0, 0, 0, 0, blocks * window - length
-        q, k, v = (F.pad(x, fill).unflatten(1, (blocks, window)) for x in (q_BTHK, k_BTGK, v_BTGK))
+        fill = 0, 0, 0, 0, 0, -length % window
+        q, k, v = (F.pad(x, fill).unflatten(1, (-1, window)) for x in (q_BTHK, k_BTGK, v_BTGK))
         k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), x), dim=2) for x in (k, v))
-        q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
         i = torch.arange(window, device=q.device)[:, None]
         j = torch.arange(2 * window, device=q.device)
         near = (j > i) & (j <= i + window)  # key j stands at position j - window of the block
-        first = torch.arange(batch * blocks, device=q.device) % blocks == 0
-        sees = near & ((j >= window) | ~first[:, None, None])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None],
-                                             enable_gqa=q.shape[1] != k.shape[1])
-        out = out.transpose(1, 2).unflatten(0, (batch, blocks)).flatten(1, 2)
-        return out[:, length - queries:length]
+        later = torch.arange(q.shape[1], device=q.device).repeat(len(q)) > 0  # has one before it
+        sees = near & ((j >= window) | later[:, None, None])
+        out = grouped_sdpa(*(x.flatten(0, 1) for x in (q, k, v)), attn_mask=sees[:, None])
+        return out.unflatten(0, (len(q), -1)).flatten(1, 2)[:, length - queries:length]
     return attention_windowed
 
 
