@@ -1592,12 +1592,12 @@ def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     return (scores.masked_fill(~keep, -math.inf).softmax(-1) @ v).transpose(1, 2).to(q_BTHK.dtype)
 
 
-def sdpa_only(name: str, *fallback: str):
-    """Return a context in which SDPA uses backend `name`, then `fallback`, and no other."""
+def sdpa_only(*names: str):
+    """Return a context in which SDPA uses the first of these backends that can, and no other."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "math": SDPBackend.MATH}
-    return sdpa_kernel([kinds[n] for n in dict.fromkeys((name, *fallback))], set_priority=True)
+    return sdpa_kernel([kinds[name] for name in names], set_priority=True)
 
 
 def find_fa3():
@@ -1611,18 +1611,17 @@ def find_fa3():
         return None
 
 
-def attention_error(function, context, head_shape: tuple[int, int, int], device, dtype) -> float:
+def attention_error(function, context, config: Config, runtime: Runtime) -> float:
     """Return the largest error of an attention function against the plain one, both directions.
 
-    head_shape: (query heads, key/value heads, width). Errors of output, of the last queries alone
-    and of gradients are relative to the largest value. Raises what a backend that cannot run does.
+    Errors of output, of the last queries alone and of gradients are relative to the largest value.
+    Raises what a backend that cannot run does.
     """
-    heads, kv_heads, width = head_shape
-    generator = torch.Generator().manual_seed(0)
-    base = [torch.randn(2, 128, n, width, generator=generator) for n in (heads, kv_heads, kv_heads)]
-    results = []
+    generator, results = torch.Generator().manual_seed(0), []
+    base = [torch.randn(2, 128, heads, config.head_dim, generator=generator)
+            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     for attend, scope in ((function, context), (attention_math, contextlib.nullcontext())):
-        inputs = [x.to(device, dtype).requires_grad_() for x in base]
+        inputs = [x.to(runtime.device, runtime.compute_dtype).requires_grad_() for x in base]
         with scope:
             out, tail = attend(*inputs), attend(inputs[0][:, -32:], *inputs[1:])
             grads = torch.autograd.grad(out.float().square().sum(), inputs)
@@ -1638,30 +1637,31 @@ def choose_attention(config: Config, runtime: Runtime):
     Raises ConfigError when an explicitly asked backend does not work here.
     """
     cuda, asked = runtime.device.type == "cuda", config.attention_backend
-    anywhere, dtype = contextlib.nullcontext(), runtime.compute_dtype
-    trial = (config.num_heads, config.num_kv_heads, config.head_dim), runtime.device, dtype
     if not cuda and asked in ("auto", "math"):
         name, function = ("sdpa", attention_sdpa) if asked == "auto" else ("math", attention_math)
-        return name, function, anywhere, attention_error(function, anywhere, *trial)
-    every, reason = ("fa3", "cudnn", "flash", "math"), "it needs a CUDA device"
-    install_fa3 = ("pip install flash_attn_3 --find-links "
-                   "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
+        scope = contextlib.nullcontext()
+        return name, function, scope, attention_error(function, scope, config, runtime)
+    reason = "it needs a CUDA device"
+    fa3_needs = ("FlashAttention-3: pip install flash_attn_3 --find-links "
+                 "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
     if asked == "fa3":
-        reason += f" and FlashAttention-3: {install_fa3}"
-    names, fallback = (every, ("math",)) if asked == "auto" else ((asked,), ())
+        reason += f" and {fa3_needs}"
+    names = ("fa3", "cudnn", "flash", "math") if asked == "auto" else (asked,)
     for name in names if cuda else ():
-        flash = find_fa3() if name == "fa3" and dtype == torch.bfloat16 else None
-        if name == "fa3" and flash is None:
-            reason = f"FlashAttention-3 is not installed: {install_fa3}"
-            continue
-        function = fa3_attention(flash) if flash else attention_sdpa
+        function = attention_sdpa
+        within: Any = functools.partial(sdpa_only, name)
+        if name == "fa3":
+            if runtime.compute_dtype != torch.bfloat16 or not (flash := find_fa3()):
+                reason = f"it needs {fa3_needs}"
+                continue
+            function, within = fa3_attention(flash), contextlib.nullcontext
         try:
-            error = attention_error(function, anywhere if flash else sdpa_only(name), *trial)
+            error = attention_error(function, within(), config, runtime)
             reason = f"its result is off by {error:.2g} from plain attention"
         except RuntimeError as failure:
             error, reason = math.inf, str(failure).split("\n")[0]
         if error <= 0.05:
-            return name, function, anywhere if flash else sdpa_only(name, *fallback), error
+            return name, function, within(names[-1]), error  # no other backend but math if auto
     raise ConfigError([f"ATTENTION_BACKEND={asked}: not usable here: {reason}"])
 
 
