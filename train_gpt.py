@@ -1694,41 +1694,42 @@ class Role(Enum):
 class Layout:
     """The order of virtual layers and what flows between them; an argument of `forward`.
 
-    order: physical layer of each virtual step. skips: (row, target step, source step) of every
-    skip that acts. lanes_from: first step of the two lanes, len(order) if they never split.
+    order: physical layer of each virtual step. border: first step that decodes; step border + j
+    takes the j-th youngest encoder output through skip row j. skips: how many of them do.
+    lanes_from: first step of the two lanes, len(order) if they never split.
     """
 
     order: tuple[int, ...]
-    skips: tuple[tuple[int, int, int], ...]
+    border: int
+    skips: int
     lanes_from: int
 
 
-def plan_layout(order: tuple[int, ...], num_layers: int, lane_start: int,
-                skip_to_lanes: bool) -> Layout:
+def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
     """Return the Layout of a virtual order: its first half encodes, its second half decodes.
 
-    Decoder step j takes the j-th youngest encoder output through skip row j. The lanes split at
-    the first decoder step whose layer is `lane_start` or later; rows that arrive after the split
-    reach the attention lane (PR #1395) or, with skip_to_lanes False, are lost (PR #1471).
+    The lanes split at the first decoder step whose layer is PARALLEL_START_LAYER or later; skips
+    that arrive after the split reach the attention lane (PR #1395) or, with SKIP_TO_LANES=0, are
+    lost (PR #1471).
     """
-    border, end = len(order) // 2, len(order)
-    late = (j for j in range(border, end) if 0 < lane_start < num_layers and order[j] >= lane_start)
+    border, end, skips = len(order) // 2, len(order), skip_rows(config)
+    late = (step for step in range(border, end)
+            if config.lanes_split and order[step] >= config.parallel_start_layer)
     lanes_from = next(late, end)
-    rows = min(skip_rows(num_layers), border)
-    skips = tuple((row, border + row, border - 1 - row) for row in range(rows)
-                  if skip_to_lanes or border + row <= lanes_from)
-    return Layout(tuple(order), skips, lanes_from)
+    if not config.skip_to_lanes:
+        skips = min(skips, lanes_from - border + 1)
+    return Layout(order, border, skips, lanes_from)
 
 
-def skip_rows(num_layers: int) -> int:
+def skip_rows(config: Config) -> int:
     """Return how many skip rows a model has: fixed by its physical depth."""
-    return num_layers // 2
+    return config.num_layers // 2
 
 
-def layouts_of(config: Config) -> tuple[Layout, Layout]:
+def layouts_of(config: Config) -> list[Layout]:
     """Return the layouts before and after recurrence starts (equal where there is none)."""
-    rest = config.num_layers, config.parallel_start_layer, config.skip_to_lanes
-    return plan_layout(config.base_order, *rest), plan_layout(config.recurrent_order, *rest)
+    return [plan_layout(order, config) for order in (config.base_order, config.recurrent_order)]
+
 
 
 def parameter(*shape: int, role: Role, dtype=torch.float32) -> nn.Parameter:
@@ -1886,7 +1887,7 @@ class GPT(nn.Module):
         self.ve = ValueEmbedding(config, dtype) if ve_layers else None
         self.ve_index = {layer: j for j, layer in enumerate(ve_layers)}
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
-        size = skip_rows(config.num_layers), config.model_dim
+        size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(*size, role=Role.CONTROL)
         self.skip_gates = parameter(*size, role=Role.CONTROL) if config.skip_gates_enabled else None
         self.lane_merge: Any = parameter(role=Role.CONTROL) if config.lanes_split else None
@@ -1919,21 +1920,21 @@ class GPT(nn.Module):
         value = None if self.ve is None else self.ve(tokens_BT, x.dtype)
         rotary = rotary_tables(tokens_BT.shape[1], **self.rotary, like=x)
         last = slice(None) if tail is None else slice(tokens_BT.shape[1] - tail, None)
-        skip_into = {target: (row, source) for row, target, source in layout.skips}
-        outputs, mlp_lane = {}, None
+        encoded, mlp_lane = [], None
         for step, layer in enumerate(layout.order):
-            if step in skip_into:
-                row, source = skip_into[step]
-                x = self.blend_skip(row, x, outputs.pop(source))
+            if 0 <= (row := step - layout.border) < layout.skips:
+                x = self.blend_skip(row, x, encoded.pop())
             if step == layout.lanes_from:
                 mlp_lane = x[:, last]
             block: Any = self.blocks[layer]
             x = block.attention_half(x, x0, rotary, self.layer_value(layer, value),
                                      last if step == len(layout.order) - 1 else slice(None))
             if mlp_lane is None:
-                x = outputs[step] = block.mlp_half(x)
+                x = block.mlp_half(x)
             else:
                 mlp_lane = block.mlp_half(mlp_lane)
+            if step < layout.border:
+                encoded.append(x)
         if mlp_lane is not None:
             share = self.lane_merge.to(x.dtype)
             x = share * x + (1 - share) * mlp_lane

@@ -80,7 +80,7 @@ def fault_of(env) -> str:
 
 def layers_of_rows(layout):
     """Return {skip row: physical layer it reaches}."""
-    return {row: layout.order[target] for row, target, _ in layout.skips}
+    return {row: layout.order[layout.border + row] for row in range(layout.skips)}
 
 
 ALL_LAYERS = tuple(range(11))

@@ -340,8 +340,7 @@ def test_reloaded_logits_equal_those_in_memory_bit_for_bit(tiny_run, tiny_data, 
                 p.copy_(torch.tensor(levels).T * steps[:, None] * table[columns.long() + 128])
             else:
                 p.copy_(weights[name].to(train_gpt.DTYPES[quantizer.storage[name]]).float())
-    layout = train_gpt.plan_layout(tuple(header["order"]), config.num_layers,
-                                   config.parallel_start_layer, config.skip_to_lanes)
+    layout = train_gpt.plan_layout(tuple(header["order"]), config)
     tokens = torch.randint(VOCAB_SIZE, (3, 64), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = model.logits(tokens, layout).numpy()
