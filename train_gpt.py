@@ -1731,11 +1731,13 @@ def layouts_of(config: Config) -> list[Layout]:
     return [plan_layout(order, config) for order in (config.base_order, config.recurrent_order)]
 
 
+def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Parameter:
+    """Return an uninitialised parameter that carries its role and its start for `init_weights`.
 
-def parameter(*shape: int, role: Role, dtype=torch.float32) -> nn.Parameter:
-    """Return an uninitialised parameter that carries its role."""
+    start: values spread over the shape, or a function of torch.nn.init.
+    """
     made: Any = nn.Parameter(torch.empty(shape, dtype=dtype))
-    made.role = role
+    made.role, made.start = role, start
     return made
 
 
@@ -1769,10 +1771,9 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Module):
     """Bias-free matrix (R, C), fp32, applied in the dtype of its input."""
 
-    def __init__(self, inputs: int, outputs: int, zero_start: bool = False):
+    def __init__(self, inputs: int, outputs: int, start=nn.init.orthogonal_):
         super().__init__()
-        self.weight = parameter(outputs, inputs, role=Role.MATRIX)
-        self.zero_start = zero_start
+        self.weight = parameter(Role.MATRIX, start, outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -1786,8 +1787,8 @@ class Attention(nn.Module):
         dim, kv_dim, self.attend = config.model_dim, config.kv_dim, attend
         self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
         self.q, self.k, self.v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
-        self.out = Linear(dim, dim, zero_start=True)
-        self.q_gain = parameter(config.num_heads, role=Role.CONTROL)
+        self.out = Linear(dim, dim, start=0.0)
+        self.q_gain = parameter(Role.CONTROL, config.qk_gain_init, config.num_heads)
         excludes = layer >= config.num_layers - config.xsa_last_n
         self.exclude_self = exclude_self if excludes else lambda out, v: out
 
@@ -1814,7 +1815,7 @@ class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.up = Linear(config.model_dim, config.mlp_dim)
-        self.down = Linear(config.mlp_dim, config.model_dim, zero_start=True)
+        self.down = Linear(config.mlp_dim, config.model_dim, start=0.0)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden = F.leaky_relu(self.up(x_BTD), 0.5).float().square()
@@ -1827,9 +1828,9 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int, attend):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer, attend), MLP(config)
-        self.attn_scale = parameter(config.model_dim, role=Role.CONTROL)
-        self.mlp_scale = parameter(config.model_dim, role=Role.CONTROL)
-        self.resid_mix = parameter(2, config.model_dim, role=Role.CONTROL)
+        self.attn_scale = parameter(Role.CONTROL, 1.0, config.model_dim)
+        self.mlp_scale = parameter(Role.CONTROL, 1.0, config.model_dim)
+        self.resid_mix = parameter(Role.CONTROL, [[1.0], [0.0]], 2, config.model_dim)
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
     def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None,
@@ -1848,10 +1849,10 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, config: Config, dtype):
         super().__init__()
-        self.table = Embedding(config.vocab_size, config.ve_dim, dtype)
+        self.table = Embedding(config.vocab_size, config.ve_dim, dtype, 0.01)
         self.proj = Linear(config.ve_dim, config.kv_dim) if config.ve_dim != config.kv_dim else None
-        self.scale = parameter(role=Role.CONTROL)
-        self.layer_scales = parameter(len(config.ve_layers), role=Role.CONTROL)
+        self.scale = parameter(Role.CONTROL, 0.1)
+        self.layer_scales = parameter(Role.CONTROL, 1.0, len(config.ve_layers))
 
     def forward(self, tokens_BT: Tensor, dtype) -> Tensor:
         value = self.table(tokens_BT).to(dtype)
@@ -1861,9 +1862,10 @@ class ValueEmbedding(nn.Module):
 class Embedding(nn.Module):
     """Token table (V, D), kept in the compute dtype as published."""
 
-    def __init__(self, vocab_size: int, width: int, dtype):
+    def __init__(self, vocab_size: int, width: int, dtype, std: float):
         super().__init__()
-        self.weight = parameter(vocab_size, width, role=Role.EMBED, dtype=dtype)
+        start = functools.partial(nn.init.normal_, std=std)
+        self.weight = parameter(Role.EMBED, start, vocab_size, width, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.weight)
@@ -1878,37 +1880,31 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32):
         super().__init__()
-        self.dtype, self.softcap, self.init_config = dtype, config.logit_softcap, config
+        self.dtype, self.softcap = dtype, config.logit_softcap
         self.rotary: dict[str, Any] = dict(
             dims=config.rope_dims or config.head_dim, base=config.rope_base,
             train_len=config.train_seq_len)
-        self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype)
+        self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
+                                 config.tied_embed_init_std)
         ve_layers = config.ve_layers if config.ve_enabled else ()
         self.ve = ValueEmbedding(config, dtype) if ve_layers else None
         self.ve_index = {layer: j for j, layer in enumerate(ve_layers)}
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
         size = skip_rows(config), config.model_dim
-        self.skip_weights = parameter(*size, role=Role.CONTROL)
-        self.skip_gates = parameter(*size, role=Role.CONTROL) if config.skip_gates_enabled else None
-        self.lane_merge: Any = parameter(role=Role.CONTROL) if config.lanes_split else None
+        self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
+        self.skip_gates = parameter(Role.CONTROL, 0.0, *size) if config.skip_gates_enabled else None
+        self.lane_merge: Any = parameter(Role.CONTROL, 0.5) if config.lanes_split else None
 
     @torch.no_grad()
     def init_weights(self, seed: int):
         """Fill every parameter with its start value, the same on every device."""
-        generator, c = torch.Generator().manual_seed(seed), self.init_config
-        starts = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "skip_gates": 0.0,
-                  "lane_merge": 0.5, "layer_scales": 1.0, "scale": 0.1, "q_gain": c.qk_gain_init,
-                  "resid_mix": [[1.0], [0.0]], "weight": 0.0}  # the last: zero_start
-        for module in self.modules():
-            for name, p in module.named_parameters(recurse=False):
-                if isinstance(module, Embedding):
-                    std = c.tied_embed_init_std if module is self.tok_emb else 0.01
-                    value = torch.empty(p.shape).normal_(0.0, std, generator=generator)
-                elif isinstance(module, Linear) and not module.zero_start:
-                    value = nn.init.orthogonal_(torch.empty(p.shape), generator=generator)
-                else:
-                    value = torch.tensor(starts[name])
-                p.copy_(value)  # the start of a gain or scale is spread over its shape
+        generator = torch.Generator().manual_seed(seed)
+        parameters: Any = self.parameters()
+        for p in parameters:
+            if callable(p.start):
+                p.copy_(p.start(torch.empty(p.shape), generator=generator))
+            else:
+                p.copy_(torch.tensor(p.start))
 
     def forward(self, tokens_BT: Tensor, layout: Layout, tail: int | None = None) -> Tensor:
         """Return the normed final hidden state (B, T, D), or its last `tail` positions (B, S, D).

@@ -338,7 +338,7 @@ def test_every_knob_is_read_outside_config():
             properties.update(dict.fromkeys(names, {n.attr for n in nodes(ast.Attribute, node)}))
     read = {n.attr for n in nodes(ast.Attribute)
             if room_of(n.lineno) not in ("Config", "Settings")
-            and dotted(n.value).split(".")[-1] in ("config", "c", "init_config")}
+            and dotted(n.value).split(".")[-1] in ("config", "c")}
     for _ in properties:  # properties may read properties
         read |= {name for prop in read & set(properties) for name in properties[prop]}
     read.add("allow_env")  # acts on the reading of the others, before there is a Config
