@@ -1834,7 +1834,7 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
     def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None,
-                       last=slice(None)) -> Tensor:
+                       last: slice) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         attended = self.attn(rms_norm(x) * self.norm_scale, rotary, value, last)
@@ -1854,9 +1854,9 @@ class ValueEmbedding(nn.Module):
         self.scale = parameter(Role.CONTROL, 0.1)
         self.layer_scales = parameter(Role.CONTROL, 1.0, len(config.ve_layers))
 
-    def forward(self, tokens_BT: Tensor, dtype) -> Tensor:
-        value = self.table(tokens_BT).to(dtype)
-        return (value if self.proj is None else self.proj(value)) * self.scale.to(dtype)
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        value = self.table(tokens_BT)
+        return (value if self.proj is None else self.proj(value)) * self.scale.to(value.dtype)
 
 
 class Embedding(nn.Module):
@@ -1880,15 +1880,14 @@ class GPT(nn.Module):
 
     def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32):
         super().__init__()
-        self.dtype, self.softcap = dtype, config.logit_softcap
+        self.softcap = config.logit_softcap
         self.rotary: dict[str, Any] = dict(
             dims=config.rope_dims or config.head_dim, base=config.rope_base,
             train_len=config.train_seq_len)
         self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
                                  config.tied_embed_init_std)
-        ve_layers = config.ve_layers if config.ve_enabled else ()
-        self.ve = ValueEmbedding(config, dtype) if ve_layers else None
-        self.ve_index = {layer: j for j, layer in enumerate(ve_layers)}
+        self.ve_layers = config.ve_layers if config.ve_enabled else ()
+        self.ve: Any = ValueEmbedding(config, dtype) if self.ve_layers else None
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
         size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
@@ -1912,8 +1911,8 @@ class GPT(nn.Module):
         The MLP lane never reads another position, so with `tail` it is cut at the split already;
         what follows the last keys and values is cut in the last layer.
         """
-        x = x0 = rms_norm(self.tok_emb(tokens_BT).to(self.dtype))
-        value = None if self.ve is None else self.ve(tokens_BT, x.dtype)
+        x = x0 = rms_norm(self.tok_emb(tokens_BT))
+        embedded = None if self.ve is None else self.ve(tokens_BT)
         rotary = rotary_tables(tokens_BT.shape[1], **self.rotary, like=x)
         last = slice(None) if tail is None else slice(tokens_BT.shape[1] - tail, None)
         encoded, mlp_lane = [], None
@@ -1923,7 +1922,10 @@ class GPT(nn.Module):
             if step == layout.lanes_from:
                 mlp_lane = x[:, last]
             block: Any = self.blocks[layer]
-            x = block.attention_half(x, x0, rotary, self.layer_value(layer, value),
+            value = None
+            if layer in self.ve_layers:
+                value = embedded * self.ve.layer_scales.to(x.dtype)[self.ve_layers.index(layer)]
+            x = block.attention_half(x, x0, rotary, value,
                                      last if step == len(layout.order) - 1 else slice(None))
             if mlp_lane is None:
                 x = block.mlp_half(x)
@@ -1935,12 +1937,6 @@ class GPT(nn.Module):
             share = self.lane_merge.to(x.dtype)
             x = share * x + (1 - share) * mlp_lane
         return rms_norm(x)
-
-    def layer_value(self, layer: int, value: Tensor | None) -> Tensor | None:
-        """Return what layer `layer` adds to its values, if anything."""
-        if value is None or self.ve is None or layer not in self.ve_index:
-            return None
-        return value * self.ve.layer_scales.to(value.dtype)[self.ve_index[layer]]
 
     def blend_skip(self, row: int, x: Tensor, skip: Tensor) -> Tensor:
         """Return x joined with an encoder output: gated blend, or plain sum where gates are off."""
@@ -1971,7 +1967,7 @@ class GPT(nn.Module):
             groups[f"blocks.{i}.attn.q"] = [f"blocks.{i}.attn.{name}.weight" for name in "qkv"]
             for name in ("attn.out", "mlp.up", "mlp.down"):
                 groups[f"blocks.{i}.{name}"] = [f"blocks.{i}.{name}.weight"]
-        if self.ve is not None and self.ve.proj is not None:
+        if self.ve and self.ve.proj:
             groups["ve.proj"] = ["ve.proj.weight"]
         return groups
 
