@@ -1586,7 +1586,7 @@ def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """The same in plain operations, fp32: the yardstick of the others."""
     q, k, v = (x.transpose(1, 2).float() for x in (q_BTHK, k_BTGK, v_BTGK))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = q @ k.mT * q.shape[-1] ** -0.5
     keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     keep = keep.tril(k.shape[2] - q.shape[2])
     return (scores.masked_fill(~keep, -math.inf).softmax(-1) @ v).transpose(1, 2).to(q_BTHK.dtype)
@@ -1678,10 +1678,6 @@ def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
 
 # == 5 Model ======================================================================================
 
-# fp32 machine epsilon whatever the dtype: embeddings start with mean square 2.5e-5
-RMS_EPS = 2.0 ** -23
-
-
 class Role(Enum):
     """What a parameter is, given where it is made: decides its optimizer and how it is stored."""
 
@@ -1743,7 +1739,8 @@ def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Paramet
 
 def rms_norm(x: Tensor) -> Tensor:
     """Normalise the last dimension to unit mean square, in the dtype of `x`."""
-    return F.rms_norm(x, (x.shape[-1],), eps=RMS_EPS)
+    # fp32 machine epsilon whatever the dtype: embeddings start with mean square 2.5e-5
+    return F.rms_norm(x, x.shape[-1:], eps=2.0 ** -23)
 
 
 def rotary_tables(length: int, dims: int, base: float, train_len: int,
@@ -1804,7 +1801,7 @@ class Attention(nn.Module):
 
 def exclude_self(out_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Return each head's output less its component along its own position's value (XSA), fp32."""
-    v = F.normalize(v_BTGK.float(), dim=-1, eps=1e-12).unsqueeze(3)
+    v = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
     grouped = out_BTHK.float().unflatten(2, (v_BTGK.shape[2], -1))
     return (grouped - (grouped * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
@@ -2087,12 +2084,12 @@ def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g_NRC.shape[1] > g_NRC.shape[2]
-    x = (g_NRC.transpose(1, 2) if tall else g_NRC).to(dtype)
+    x = (g_NRC.mT if tall else g_NRC).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        p = x @ x.transpose(1, 2)
+        p = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(p, p, p, beta=b, alpha=c), x, beta=a)
-    return x.transpose(1, 2) if tall else x
+    return x.mT if tall else x
 
 
 class Optimizers:
