@@ -1991,18 +1991,18 @@ def schedule(config: Config, step: int, progress: float) -> Rates:
 
     Source: PR #1471.
     """
+    def way_to(steps, frac):
+        """Return the share done, 1 at most, of so many steps, or of a share of the run if given."""
+        done, whole = (step, steps) if frac is None else (progress, frac)
+        return min(done / whole, 1.0) if whole else 1.0
+
     multiplier = 1.0
     if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
         multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
-    done, whole = float(step), float(config.muon_momentum_warmup_steps)
-    if config.muon_momentum_warmup_frac is not None:
-        done, whole = progress, config.muon_momentum_warmup_frac
-    warmed = min(done / whole, 1.0) if whole else 1.0
+    warmed = way_to(config.muon_momentum_warmup_steps, config.muon_momentum_warmup_frac)
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
-    done, start = float(step), float(config.recur_start_step)
-    if config.recur_start_frac is not None:
-        done, start = progress, config.recur_start_frac
-    return Rates(multiplier, momentum, recurrent=done >= start)
+    return Rates(multiplier, momentum,
+                 recurrent=way_to(config.recur_start_step, config.recur_start_frac) == 1.0)
 
 
 def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
