@@ -2027,15 +2027,17 @@ class Bank:
 
     def __init__(self, groups: dict[Role, list[nn.Parameter]], shares: int = 1):
         self.shapes = {}  # of matrices -> parameters
-        for p in sorted(groups[Role.MATRIX], key=lambda p: tuple(p.shape)):
+        for p in sorted(groups[Role.MATRIX], key=lambda p: p.shape):
             self.shapes.setdefault(p.shape, []).append(p)
-        self.offsets, ends = {}, {}
+        self.offsets, ends, spans = {}, {}, []
         for params in (groups[Role.EMBED], *self.shapes.values(), groups[Role.CONTROL]):
+            start = end = ends.get(params[0].dtype, 0)
             for p in params:
-                self.offsets[p] = ends.get(p.dtype, 0)
-                ends[p.dtype] = self.offsets[p] + self.room(p)
+                self.offsets[p], end = end, end + self.room(p)
             if params[0].role is Role.MATRIX:
-                ends[params[0].dtype] += -len(params) % shares * self.room(params[0])
+                end += -len(params) % shares * self.room(p)
+            ends[p.dtype] = end
+            spans.append((p.dtype, slice(start, end)))
         self.weights = {dtype: torch.zeros(end, dtype=dtype, device=p.device)
                         for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
@@ -2043,10 +2045,16 @@ class Bank:
             view = self.view(self.weights, p)
             view.copy_(p.data)
             p.data, p.grad = view, self.view(self.grads, p)
-        self.matrices = [self.stack(same, -(-len(same) // shares) * shares)
-                         for same in self.shapes.values()]
-        self.adam: dict[Role, Any] = {role: self.flat(groups[role])
-                                      for role in (Role.EMBED, Role.CONTROL)}
+        embed, *stacks, control = ((self.weights[dtype][span], self.grads[dtype][span])
+                                   for dtype, span in spans)
+        self.matrices = []  # weights (N, R, C) and gradients (N, room) of each shape
+        for (shape, same), flats in zip(self.shapes.items(), stacks):
+            weights, grads = (flat.view(-1, self.room(same[0])) for flat in flats)
+            self.matrices.append((as_matrices(weights, shape), grads))
+        self.adam: dict[Role, Any] = {}
+        for role, (weights, grads) in ((Role.EMBED, embed), (Role.CONTROL, control)):
+            self.adam[role] = nn.Parameter(weights)
+            self.adam[role].grad = grads
 
     def room(self, p: nn.Parameter) -> int:
         """Return the elements set aside for `p`: its own, rounded up to the alignment."""
@@ -2054,28 +2062,12 @@ class Bank:
 
     def view(self, buffers, p: nn.Parameter) -> Tensor:
         """Return the part of `buffers` (weights, grads, an average of them) that belongs to `p`."""
-        start = self.offsets[p]
-        return buffers[p.dtype][start:start + p.numel()].view(p.shape)
-
-    def stack(self, same: list[nn.Parameter], count: int) -> tuple[Tensor, Tensor]:
-        """Return weights (N, R, C) and gradients (N, room) of same-shape matrices as views."""
-        p, room = same[0], self.room(same[0])
-        weights, grads = (buffers[p.dtype][self.offsets[p]:][:count * room].view(count, room)
-                          for buffers in (self.weights, self.grads))
-        return as_matrices(weights, p.shape), grads
-
-    def flat(self, params: list[nn.Parameter]) -> nn.Parameter:
-        """Return parameters that lie side by side as one flat parameter with its gradient."""
-        last = params[-1]
-        span = slice(self.offsets[params[0]], self.offsets[last] + self.room(last))
-        whole = nn.Parameter(self.weights[last.dtype][span])
-        whole.grad = self.grads[last.dtype][span]
-        return whole
+        return buffers[p.dtype][self.offsets[p]:][:p.numel()].view(p.shape)
 
 
 def as_matrices(rows: Tensor, shape) -> Tensor:
     """Return rows (N, room) as the matrices (N, R, C) they begin with."""
-    return rows[:, :math.prod(shape)].unflatten(1, tuple(shape))
+    return rows[:, :math.prod(shape)].unflatten(1, shape)
 
 
 def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
