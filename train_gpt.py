@@ -2095,9 +2095,8 @@ class Optimizers:
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime):
         self.config, self.runtime, self.clip_norm = config, runtime, config.grad_clip_norm
         self.bank = Bank(partition(model), runtime.world_size)
-        self.owned = [grads for _, grads in self.bank.matrices]  # reduced gradients (N, room)
-        self.momenta = [torch.zeros(len(weights) // runtime.world_size, *weights.shape[1:],
-                                    device=weights.device) for weights, _ in self.bank.matrices]
+        self.momenta = [weights.new_zeros(len(weights) // runtime.world_size, *weights.shape[1:])
+                        for weights, _ in self.bank.matrices]
         groups = [dict(params=[self.bank.adam[role]], lr=lr, peak_lr=lr, weight_decay=decay)
                   for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
                                           (Role.CONTROL, config.scalar_lr, config.adam_wd))]
@@ -2115,7 +2114,7 @@ class Optimizers:
         """
         started = [self.runtime.scatter_sum(grads) for _, grads in self.bank.matrices]
         shared = [self.runtime.sum_(p.grad) for p in self.bank.adam.values()]
-        self.owned = [wait() for wait in started]
+        self.owned = [wait() for wait in started]  # (N, room)
         squares = [torch.stack([g.float().norm().square() for g in part]).sum()
                    for part in (self.owned, shared)]
         norm = (self.runtime.sum_(squares[0]) + squares[1]).sqrt() / self.runtime.world_size
@@ -2149,12 +2148,11 @@ class Optimizers:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all momenta by name, whatever the number of ranks; every rank must call it."""
-        rows = [self.runtime.gather_rows(momentum)() for momentum in self.momenta]
-        found = {f"momentum.{i}": whole[:len(same)]
-                 for i, (whole, same) in enumerate(zip(rows, self.bank.shapes.values()))}
+        found = {f"momentum.{i}": self.runtime.gather_rows(momentum)()[:len(same)]
+                 for i, (momentum, same) in enumerate(zip(self.momenta, self.bank.shapes.values()))}
         for role, p in self.bank.adam.items():
-            state = self.adamw.state[p].items()
-            found.update({f"adam.{role.value}.{key}": value.float() for key, value in state})
+            for key, value in self.adamw.state[p].items():
+                found[f"adam.{role.value}.{key}"] = value.float()
         return found
 
     def load(self, tensors: dict[str, Tensor]):

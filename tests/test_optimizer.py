@@ -234,7 +234,7 @@ def test_steps_equal_the_reference(changes, scale):
 
 def test_adamw_equals_torch_on_separate_tensors():
     """One flat parameter for all control tensors changes nothing: AdamW is elementwise."""
-    config = toy_config()
+    config = toy_config(grad_clip_norm=0.0)
     model, twin = random_model(config), random_model(config)
     optimizers = Optimizers(model, config, Rank())
     groups = [dict(params=partition(twin)[Role.EMBED], lr=0.03, weight_decay=0.095),
@@ -245,6 +245,7 @@ def test_adamw_equals_torch_on_separate_tensors():
         for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
             p.grad.copy_(grads[name])
             q.grad = grads[name].clone()
+        optimizers.reduce_and_clip()
         optimizers.step(Rates(1.0, 0.9, False))
         separate.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):

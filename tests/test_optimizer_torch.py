@@ -133,6 +133,7 @@ def test_adamw_follows_changing_rates_and_a_restart_like_torchs(dtype):
             q.grad = grad.clone()
         for group in theirs.param_groups:
             group["lr"] = group["peak"] * multiplier
+        optimizers.reduce_and_clip()
         optimizers.step(Rates(multiplier, 0.9, False))
         theirs.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
