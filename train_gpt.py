@@ -346,8 +346,8 @@ def config_faults(config: Config) -> list[str]:
 def combination_rules(c: Config) -> list[tuple]:
     """Return (whether it holds, setting, rule) of what binds settings that are each in range."""
     layers, recur = set(range(c.num_layers)), c.recur_layers
-    contiguous = all(b == a + 1 for a, b in itertools.pairwise(recur))
-    known = set(c.virtual_order or recur) <= layers and contiguous
+    block = set(recur) <= layers and all(b == a + 1 for a, b in itertools.pairwise(recur))
+    known = set(c.virtual_order) <= layers if c.virtual_order else block
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
     lanes = [i >= c.parallel_start_layer for i in decoder]
     return [
@@ -364,7 +364,7 @@ def combination_rules(c: Config) -> list[tuple]:
         (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens",
          f"must hold at least one window of TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
-        (set(recur) <= layers and contiguous, "recur_layers",
+        (c.virtual_order or block, "recur_layers",
          "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
         (not c.virtual_order or set(c.virtual_order) == layers, "virtual_order",
          "must name every layer below NUM_LAYERS and no other"),

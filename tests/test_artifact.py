@@ -319,6 +319,21 @@ def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
         assert torch.equal(restored[name], stored_weights(quantizer, name, multiplier)), name
 
 
+def test_weights_that_are_all_zero_are_packed_and_come_back():
+    """Each histogram has one code, so that the stream of the entropy coder is empty."""
+    config = toy_config()
+    quantizer = quantizer_of(config)
+    zeros = {name: torch.zeros_like(w) for name, w in quantizer.weights.items()}
+    known = Sensitivity({name: torch.eye(w.shape[1]) for name, w in zeros.items() if w.ndim == 2},
+                        {name: torch.ones(len(w)) for name, w in zeros.items() if w.ndim == 2})
+    quantizer = Quantizer(zeros, known, config, CPU)
+    _, packed = fit_artifact(quantizer, header_of(config), 10 ** 6, lambda *told: None)
+    header, tensors = unpack_tensors(packed, "memory")
+    assert not tensors["stream"].numel()
+    restored = restore_weights(header, tensors, config, "memory")
+    assert all(torch.equal(restored[name], w) for name, w in zeros.items())
+
+
 # ---- what a file holds ---------------------------------------------------------------------
 
 

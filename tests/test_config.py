@@ -389,6 +389,7 @@ def test_virtual_order_beats_recur_layers():
     env = dict(VIRTUAL_ORDER=text_of(order), RECUR_LAYERS="4,5")
     assert load_config(dict(RECUR_LAYERS="4,5")).recurrent_order == (*range(6), 4, 5, *range(6, 11))
     assert load_config(env).recurrent_order == order
+    assert load_config(env | dict(RECUR_LAYERS="5,99")).recurrent_order == order
     assert load_config(dict(RECUR_LAYERS="")).recurrent_order == ALL_LAYERS
 
 
