@@ -500,6 +500,18 @@ def test_help_names_every_setting_with_its_default_and_meaning():
         assert name in text, name
 
 
+def test_a_pager_that_is_left_early_ends_help_without_a_word(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    closed = open(writing, "w", buffering=1, encoding="utf-8")
+    monkeypatch.setattr("sys.stdout", closed)
+    assert train_gpt.main(["--help"], {}) == 0
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+        closed.close()
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, meant", [("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
                                          ("TRAIN_BATCH", "TRAIN_BATCH_TOKENS"),
                                          ("MUON_LR", "MUON_WD"), ("RECUR_START", "RECUR_START_")])
