@@ -883,11 +883,11 @@ class Pacer:
 
     def expect(self, step_seconds: float):
         """Steps now last about `step_seconds` (from warm-up; 0: unknown); their jitter stays."""
-        if step_seconds:
-            self.recent = [seconds * step_seconds / self.expected
-                           for seconds in self.recent] or [step_seconds]
-            self.expected = step_seconds
-        self.next_reading = 0
+        if step_seconds and self.expected:
+            self.recent = [seconds * step_seconds / self.expected for seconds in self.recent]
+        elif step_seconds:
+            self.recent = [step_seconds]
+        self.expected, self.next_reading = step_seconds or self.expected, 0
 
     def elapsed(self, read) -> float:
         """Return all ranks' training clock; call once before each step.

@@ -422,6 +422,16 @@ def test_no_run_passes_its_limit_when_the_layout_switches_near_the_end(steps):
         assert run.unused >= 0, (seed, run.unused / run.mean)
 
 
+def test_a_first_estimate_may_come_after_the_first_steps():
+    """Warm-up did not time the first layout: the estimate of the next replaces what was seen."""
+    pacer, clock = Pacer(100.0), iter((0.0, 1.0, 2.0))
+    pacer.expect(0.0)
+    for _ in range(3):
+        pacer.elapsed(lambda: next(clock))
+    pacer.expect(3.0)
+    assert pacer.recent == [3.0] and pacer.expected == 3.0
+
+
 def test_without_a_budget_every_step_fits():
     pacer = Pacer(0.0)
     for seconds in (0.0, 1e3, 1e9):
