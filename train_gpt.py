@@ -4320,16 +4320,15 @@ def run_stages(session: Session, facts: dict):
 
 def main(argv: list[str], env) -> int:
     """Run the script; every user mistake ends in clear lines and a non-zero exit code."""
-    show = Log(True).show
     if "--help" in argv or "-h" in argv:
-        show(help_text())
+        Log(True).show(help_text())
         return 0
     try:
         match argv:
             case [] | ["--check"]:
                 run(env, check=bool(argv))
             case ["--inspect", path]:
-                show(inspect_text(Path(path)))
+                Log(True).show(inspect_text(Path(path)))
             case _:
                 print(f"error: unknown arguments {' '.join(argv)}: one of --check, --inspect FILE, "
                       "--help; settings are environment variables", file=sys.stderr)
