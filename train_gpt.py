@@ -2585,7 +2585,7 @@ def gaussian_bits(step: float, max_code: int) -> float:
 
 
 def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, bytes]:
-    """Return (multiplier, packed bytes): the finest steps whose packed size is within the limit.
+    """Return (multiplier, packed bytes): steps whose packed size is at most the limit, and near it.
 
     estimate_at(multiplier) -> bytes, cheap and falling; pack_at(multiplier) -> bytes object, the
     real coder; report(multiplier, estimate, packed_bytes) is told of each packing. Bisects the
@@ -2601,7 +2601,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
             (fine, more), (coarse, best) = seen[False], seen[True]
             share = (len(more) - 0.9996 * limit_bytes) / (len(more) - len(best))
             multiplier = fine * (coarse / fine) ** share
-            if turn > 4:  # sizes of tiny models jump about by some 0.3 %: look around as well
+            if turn > 4:  # sizes of tiny models jump about by up to 1 %: look around as well
                 multiplier *= 1 + 0.01 * (0.618 * turn % 1 - 0.5)
             estimates[multiplier] = estimate_at(multiplier)
         packed = pack_at(multiplier)
@@ -2697,8 +2697,7 @@ def rans_lanes(count: int) -> int:
 
 
 def rans_cells(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return frequencies and where each one's slots start, uint64, of the cells class * 256 + code.
-    """
+    """Return the frequency and first slot, uint64, of each cell class * 256 + code."""
     starts = np.cumsum(tables, axis=1) - tables
     return tables.ravel().astype(np.uint64), starts.ravel().astype(np.uint64)
 
@@ -3312,7 +3311,6 @@ class Trainer:
         optimizers.reset()
         optimizers.zero_grad()
         self.first_bad.fill_(-1)
-
 
     def train(self, loader: Loader, budget_seconds: float, validate, checkpoint: Path):
         """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none).

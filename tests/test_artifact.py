@@ -284,7 +284,7 @@ def odd_weights(config, generator):
 def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
     """Never over the limit, 99.9 % of it used but at an end of the range, read back exactly.
 
-    In these files of some 13 kB the sizes of neighbouring multipliers differ by up to 0.3 %, both
+    In these files of some 13 kB the sizes of neighbouring multipliers differ by up to 1 %, both
     ways: the search has to look around.
     """
     generator = torch.Generator().manual_seed(seed)
