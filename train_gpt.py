@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,10 +66,27 @@ except ImportError:
 
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
-STAGES = ("train", "quantize", "evaluate")
-# Topics whose settings determine the model, its codes or its score: they travel in the artifact.
-# One of each stage, in that order.
-ARTIFACT_TOPICS = ("model", "quantization", "evaluation")
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run. Stages meet in files alone, see FILE_NAMES and HEADERS.
+
+    topic: its settings that determine model, codes or score; they travel in the artifact.
+    reads: kind of the file it starts from; writes: kinds it leaves, the first one when it is done.
+    text: shards it reads.
+    """
+
+    topic: str
+    reads: str
+    writes: tuple[str, ...]
+    text: tuple[str, ...]
+
+
+STAGES = {
+    "train": Stage("model", "", ("weights", "stats"), ("train", "val")),
+    "quantize": Stage("quantization", "weights", ("artifact",), ()),
+    "evaluate": Stage("evaluation", "artifact", ("scores",), ("val",)),
+}
+ARTIFACT_TOPICS = tuple(stage.topic for stage in STAGES.values())
 
 
 class ConfigError(ValueError):
@@ -85,11 +102,35 @@ class ConfigError(ValueError):
 
 def topic(name: str, stage: str):
     """Return the declarer of one topic's settings, which `stage` consumes."""
-    def knob(default, note, least=None, most=None, choices=()):
-        """Declare one setting: its default, meaning with unit and source, and range."""
-        return field(default=default, metadata=dict(note=note, topic=name, stage=stage,
-                                                    least=least, most=most, choices=choices))
+    def knob(default, note, least=None, most=None, choices=(), acts=None):
+        """Declare one setting: its default, meaning with unit and source, and range.
+
+        acts: whether it has any effect in a Config, or the name of a setting that beats it.
+        """
+        return field(default=default, metadata=dict(
+            note=note, topic=name, stage=stage, least=least, most=most, choices=choices,
+            acts=acts))
     return knob
+
+
+def with_gptq(c):
+    return c.gptq_enabled
+
+
+def by_fisher(c):
+    return c.rule == "fisher"
+
+
+class Span(NamedTuple):
+    """A stretch at the start of a run: so many steps, or a share of the run if one is given."""
+
+    steps: int
+    frac: float | None = None
+
+    def done(self, step: int, progress: float) -> float:
+        """Return which share of it is over, 1 at most, at a step and a share of the run."""
+        done, whole = (step, self.steps) if self.frac is None else (progress, self.frac)
+        return min(done / whole, 1.0) if whole else 1.0
 
 
 PRESETS: dict[str, dict] = {
@@ -151,7 +192,8 @@ class Config:
     warmup_steps: int = knob(20, "compiling steps before the clock, undone; 0: none", 0, 10 ** 6)
     warmdown_frac: float = knob(0.72, "last share of the run: rates fall to 0; PR #1445", 0, 1)
     min_lr: float = knob(0.0, "least learning-rate multiplier", 0, 1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0)
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0,
+                                 acts="recur_start_frac")
     recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP", 0, 1)
     train_log_every: int = knob(500, "steps between training lines; 0: none", 0)
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end", 0)
@@ -163,7 +205,8 @@ class Config:
     scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", 0)
     muon_momentum: float = knob(0.99, "Muon momentum once warm", 0, 1)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0,
+                                           acts="muon_momentum_warmup_frac")
     muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps", 0, 1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 100)
     beta1: float = knob(0.9, "AdamW", 0, 0.9999999)
@@ -176,10 +219,13 @@ class Config:
     ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", 0, 0.9999999)
 
     knob = topic("calibration", "train")
-    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
-    gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
+    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6,
+                                         acts=with_gptq)
+    gptq_reserve_seconds: float = knob(
+        0.0, "least time kept to calibrate, or as measured", 0,
+        acts=lambda c: c.gptq_enabled and c.max_wallclock_seconds)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
-                              choices=("all", "first"))
+                              choices=("all", "first"), acts=with_gptq)
 
     knob = topic("model", "train")
     seed: int = knob(1337, "initial weights and data order", 0, (1 << 63) - 1)
@@ -195,31 +241,40 @@ class Config:
     skip_to_lanes: bool = knob(True, "skips reach the attention lane; PR #1395 (0: #1471)")
     ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315")
     ve_enabled: bool = knob(True, "add value embeddings to V; PR #414")
-    ve_dim: int = knob(128, "value-embedding width", 1, 65_536)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding")
+    ve_dim: int = knob(128, "value-embedding width", 1, 65_536, acts=lambda c: c.ve_enabled)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding",
+                                      acts=lambda c: c.ve_enabled)
     logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", 1e-3)
     qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
     rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", 0)
     tied_embed_init_std: float = knob(0.005, "std of the initial embedding", 0)
-    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471")
+    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471",
+                                         acts="virtual_order")
     virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
     parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
     knob = topic("quantization", "quantize")
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394",
+                            acts=with_gptq)
     step_rule: str = knob("auto", "fisher: steps by sensitivity; auto: sdclip if a k is given",
                           choices=("auto", "fisher", "sdclip"))
-    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2)
-    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
-    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
-    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher")
-    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1")
+    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2,
+                            acts=by_fisher)
+    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2, acts=by_fisher)
+    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2,
+                               acts=by_fisher)
+    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher",
+                         acts=by_fisher)
+    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1",
+                             acts=lambda c: by_fisher(c) and c.trellis)
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
-    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
-    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0)
+    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0,
+                              acts=lambda c: not by_fisher(c))
+    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0,
+                                    acts=lambda c: not by_fisher(c))
     fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
     control_dtype: str = knob("float16", "storage of gains, scales, gates",
                               choices=("float32", "float16"))
@@ -229,10 +284,12 @@ class Config:
     knob = topic("evaluation", "evaluate")
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
-    eval_stride: int = knob(64, "tokens scored per sliding window", 1)
+    eval_stride: int = knob(64, "tokens scored per sliding window", 1,
+                            acts=lambda c: c.sliding_window_enabled or c.prequant_sliding)
     eval_mode: str = knob("exact", "stream: also long stretches, windowed attention",
                           choices=("exact", "stream"))
-    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024)
+    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024,
+                               acts=lambda c: c.eval_mode == "stream")
     score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
     val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
 
@@ -245,10 +302,9 @@ class Config:
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
-    uses_trellis = property(lambda c: c.trellis and c.fisher_steps)
-    couples_rows = property(lambda c: c.couple_rows and c.uses_trellis and c.gptq_enabled)
-    fisher_steps = property(lambda c: c.step_rule == "fisher" or (
-        c.step_rule == "auto" and c.gptq_enabled and c.search_k))
+    # STEP_RULE=auto stays in files as it is: a later stage may be given a k
+    rule = property(lambda c: c.step_rule if c.step_rule != "auto" else
+                    "fisher" if c.gptq_enabled and c.search_k else "sdclip")
     eval_batch_windows = property(lambda c: max(1, c.val_batch_tokens // 8 // c.eval_seq_len))
     shard_dir = property(lambda c: Path(
         c.data_path or Path(c.data_dir, f"datasets/fineweb10B_sp{c.vocab_size}")))
@@ -264,6 +320,10 @@ class Config:
         c.eval_seq_len * c.stream_windows, c.eval_seq_len * (c.stream_windows - 1),
         max(1, c.eval_batch_windows // c.stream_windows)))
 
+    recur_start = property(lambda c: Span(c.recur_start_step, c.recur_start_frac))
+    muon_warmup = property(lambda c: Span(c.muon_momentum_warmup_steps,
+                                          c.muon_momentum_warmup_frac))
+
     @property
     def recurrent_order(self) -> tuple[int, ...]:
         """The virtual layers once recurrence is on; equal to `base_order` where there is none."""
@@ -274,6 +334,11 @@ class Config:
 
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
+
+    @property
+    def text(self) -> tuple[str, ...]:
+        """The splits whose shards this run reads."""
+        return STAGES["train" if self.stage == "all" else self.stage].text
 
     def public(self) -> dict:
         """Return every setting by its published (lower-case) name."""
@@ -333,7 +398,7 @@ def config_faults(config: Config) -> list[str]:
     if config.runs("train") or config.adopted:  # else the input file's settings are still to come
         rules = combination_rules(c)
     rules += [
-        (not c.input_path or c.stage in ("quantize", "evaluate"), "input_path",
+        (not c.input_path or (c.stage in STAGES and STAGES[c.stage].reads), "input_path",
          "has a meaning only with STAGE=quantize or STAGE=evaluate"),
         (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
         (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
@@ -494,7 +559,7 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     """
     stored = stored_settings(header, origin)
     consumed = {name for name, f in KNOBS.items()
-                if f.metadata["topic"] in ARTIFACT_TOPICS[:STAGES.index(stage)]}
+                if f.metadata["topic"] in ARTIFACT_TOPICS[:[*STAGES].index(stage)]}
     if lacking := sorted(consumed - set(stored)):
         raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
                            "that wrote it, or make it again"], shared=True)
@@ -534,28 +599,21 @@ def notices(config: Config, env) -> list[str]:
     """Return lines about settings that are set but cannot act in this run."""
     lines = [f"{name}={env[name]}: known, without effect: {why}"
              for name, why in WITHOUT_EFFECT.items() if name in env]
+    order = [*STAGES]
     for name, f in KNOBS.items():
-        stage = f.metadata["stage"]
-        if name.upper() in env and stage != "run" and not config.runs(stage):
-            if STAGES.index(stage) > STAGES.index(config.stage):
-                lines.append(f"{name.upper()}: acts in STAGE={stage}; kept in this run's files")
+        if (shown := name.upper()) not in env:
+            continue
+        stage, acts = f.metadata["stage"], f.metadata["acts"]
+        if stage != "run" and not config.runs(stage):
+            if order.index(stage) > order.index(config.stage):
+                lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
             elif f.metadata["topic"] not in ARTIFACT_TOPICS:
-                lines.append(f"{name.upper()}: without effect in STAGE={config.stage}")
-    idle = {"HESSIAN_RANKS GPTQ_CALIBRATION_BATCHES EMBED_GPTQ": config.gptq_enabled,
-            "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS": config.fisher_steps,
-            "COUPLE_ROWS": config.uses_trellis and config.gptq_enabled,
-            "SCALE_FLOOR SCALE_FLOOR_EMBED": not config.fisher_steps,
-            "GPTQ_RESERVE_SECONDS": config.gptq_enabled and config.max_wallclock_seconds,
-            "EVAL_STRIDE": config.sliding_window_enabled or config.prequant_sliding,
-            "STREAM_WINDOWS": config.eval_mode == "stream",
-            "VE_DIM VE_LAYERS": config.ve_enabled}
-    lines += [f"{name}: without effect in this configuration" for names, acts in idle.items()
-              for name in names.split() if name in env and not acts]
-    for loser, winner in (("RECUR_START_STEP", "recur_start_frac"),
-                          ("RECUR_LAYERS", "virtual_order"),
-                          ("MUON_MOMENTUM_WARMUP_STEPS", "muon_momentum_warmup_frac")):
-        if loser in env and getattr(config, winner) not in (None, ()):
-            lines.append(f"{loser}: beaten by {winner.upper()}")
+                lines.append(f"{shown}: without effect in STAGE={config.stage}")
+        if isinstance(acts, str):
+            if getattr(config, acts) not in (None, ()):
+                lines.append(f"{shown}: beaten by {acts.upper()}")
+        elif acts and not acts(config):
+            lines.append(f"{shown}: without effect in this configuration")
     return lines
 
 
@@ -619,7 +677,6 @@ class Runtime:
         self.compiles = cuda if config.compile_enabled is None else config.compile_enabled
         if cuda:
             torch.cuda.set_device(self.device)
-        torch.set_float32_matmul_precision("high" if cuda else "highest")
         if self.world_size > 1:
             # rank 0 quantises and packs alone, minutes long, while the others wait for it
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -629,8 +686,17 @@ class Runtime:
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
         if not self.compiles:
             return function
-        torch._dynamo.config.recompile_limit = 64  # one entry per layout, grad mode and batch shape
         return torch.compile(function, dynamic=False, fullgraph=True)
+
+    @contextlib.contextmanager
+    def switches(self):
+        """Hold torch's process-wide switches as a run needs them, within."""
+        with contextlib.ExitStack() as held:
+            kind = "high" if self.device.type == "cuda" else "highest"
+            held.enter_context(matmul_precision(kind))
+            if self.compiles:  # one entry per layout, grad mode and batch shape
+                held.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+            yield
 
     def compiled_graphs(self) -> int:
         """Return how many graphs this process has compiled so far."""
@@ -732,6 +798,17 @@ class Runtime:
                     threads=torch.get_num_threads(), python=platform.python_version(),
                     torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda,
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
+
+
+@contextlib.contextmanager
+def matmul_precision(kind: str):
+    """Let fp32 matrix products be of this precision within: "highest", or "high" (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(kind)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def torchrun_number(env, name: str, default: int = 0) -> int:
@@ -871,9 +948,9 @@ class Pacer:
     The next step is taken to last as long as the longest of the last eight plus their whole
     spread, so a jittery machine keeps a wide berth and a steady one about one step. A step of
     three times the median is a mishap, not the machine's pace, and is left out. Reading the clock
-    makes every rank wait for its device and for the others, so far from the end it is read about
+    makes every rank wait for its device and for the others, so far from the end it is due about
     every two seconds, at most 20 steps apart, and carried forward in between, by numbers all ranks
-    agreed on.
+    agreed on. Before each step: `read` where `due`, then `elapsed`.
     """
 
     def __init__(self, budget_seconds: float, elapsed_seconds: float = 0.0):
@@ -889,26 +966,25 @@ class Pacer:
             self.recent = [step_seconds]
         self.expected, self.next_reading = step_seconds or self.expected, 0
 
-    def elapsed(self, read) -> float:
-        """Return all ranks' training clock; call once before each step.
+    def due(self) -> bool:
+        return self.steps_since >= self.next_reading
 
-        read() -> seconds, agreed by all ranks; called only where it is needed.
-        """
-        if self.steps_since < self.next_reading:
-            pace = sum(self.recent) / len(self.recent)
-            seconds = self.last_elapsed + self.steps_since * pace
-        else:
-            seconds, steps = read(), max(1, self.steps_since)
-            if seconds > self.last_elapsed:
-                self.recent = [*self.recent, (seconds - self.last_elapsed) / steps][-8:]
-            self.last_elapsed, self.steps_since, self.next_reading = seconds, 0, 0
-            if len(self.recent) == 8:
-                longest = max(self.recent)
-                # even steps four times as long leave the budget unspent until then
-                safe = (self.budget_seconds - seconds) / (4 * longest) - 1
-                self.next_reading = int(min(safe, 2 / longest, 20))
-        self.steps_since += 1
-        return seconds
+    def read(self, seconds: float):
+        """Take all ranks' training clock."""
+        if seconds > self.last_elapsed:
+            took = (seconds - self.last_elapsed) / max(1, self.steps_since)
+            self.recent = [*self.recent, took][-8:]
+        self.last_elapsed, self.steps_since, self.next_reading = seconds, 0, 0
+        if len(self.recent) == 8:
+            longest = max(self.recent)
+            # even steps four times as long leave the budget unspent until then
+            safe = (self.budget_seconds - seconds) / (4 * longest) - 1
+            self.next_reading = int(min(safe, 2 / longest, 20))
+
+    def elapsed(self) -> float:
+        """Return all ranks' training clock as it is known; counts a step."""
+        steps, self.steps_since = self.steps_since, self.steps_since + 1
+        return self.last_elapsed + (steps * sum(self.recent) / len(self.recent) if steps else 0.0)
 
     def fits(self) -> bool:
         if not self.recent or self.next_reading > 0:
@@ -1172,7 +1248,7 @@ def write_file(path: Path, data: bytes) -> int:
 
 
 class Journal(dict):
-    """Results of finished stretches of work, kept in an append-only file across kills.
+    """Sums (nats, targets, bytes) of finished units of work, in an append-only file across kills.
 
     Lines of another `task` and a torn last line are ignored.
     """
@@ -1181,16 +1257,16 @@ class Journal(dict):
         self.path, self.task, lines = path, task, path.read_bytes() if path.exists() else b""
         for line in lines.splitlines():
             with contextlib.suppress(Exception):  # whatever a torn or foreign line provokes
-                found_task, first, last, value = json.loads(line)
+                found_task, unit, nats, targets, size = json.loads(line)
                 if found_task == task:
-                    super().__setitem__((int(first), int(last)), float(value))
+                    super().__setitem__(int(unit), [float(nats), int(targets), int(size)])
 
-    def __setitem__(self, span: tuple[int, int], value: float):
-        super().__setitem__(span, value)
+    def __setitem__(self, unit: int, sums: list):
+        super().__setitem__(unit, sums)
         # on a full disk the evaluation goes on; only what a restart could spare is lost
         with contextlib.suppress(OSError), open(self.path, "ab") as file:
             # a newline first: the last line may be torn
-            file.write(f"\n{json.dumps([self.task, *span, value])}\n".encode())
+            file.write(f"\n{json.dumps([self.task, unit, *sums])}\n".encode())
 
 
 def write_tensors(path: Path, header: dict, tensors: dict[str, Tensor]) -> int:
@@ -1219,7 +1295,7 @@ def inspect_text(path: Path) -> str:
 # Kind of file -> what its header holds besides.
 MADE_BY: dict[str, type] = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
 HEADERS: dict[str, dict[str, type]] = dict(
-    weights=dict(MADE_BY, steps=int), stats=dict(MADE_BY, readers=dict),
+    weights=dict(MADE_BY, steps=int), stats=MADE_BY,
     artifact=dict(MADE_BY, multiplier=float, coding=int),
     checkpoint=dict(order=list, step=int, training_seconds=float))
 
@@ -1266,6 +1342,29 @@ GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
             "  python data/cached_challenge_fineweb.py --variant sp8192 && python train_gpt.py  "
             "(26 GB; pip install -r data/requirements.txt)")
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and what is asked of them: all that differs from one forward to the next.
+
+    tokens (B, T) and targets (B, S), int64: what follows each of a row's last S positions. places
+    (B, S), int64: the number of each target in its text, -1 where it does not count; None in
+    training, where all do.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    places: Any = None
+
+    @classmethod
+    def of_windows(cls, windows: Tensor) -> Batch:
+        """Return the Batch that asks for every next token of windows (B, T + 1)."""
+        return cls(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+
+    def split(self, rows: int) -> list[Batch]:
+        """Return this in parts of `rows` rows."""
+        return [self._replace(tokens=tokens, targets=targets) for tokens, targets
+                in zip(self.tokens.split(rows), self.targets.split(rows))]
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1363,10 +1462,10 @@ class Loader:
         self.offset = runtime.rank * self.per_rank
         self.pool, self.ahead = ThreadPoolExecutor(1), {}  # step -> its windows to come
 
-    def read(self, start: int, count: int) -> Tensor:
-        """Return the windows at `count` positions of the training order.
+    def read(self, start: int, count: int) -> Batch:
+        """Return the windows at `count` positions of the training order, on the device.
 
-        (count, T + 1), int64, on the device. Raises ValueError on a token beyond the vocabulary.
+        Raises ValueError on a token beyond the vocabulary.
         """
         order = window_order(self.config.seed, self.shards.num_windows, start, count)
         windows = self.shards.windows(order)
@@ -1376,10 +1475,10 @@ class Loader:
         tokens = torch.from_numpy(windows.view(np.int16))  # two bytes a token to the device
         if self.device.type == "cuda":
             tokens = tokens.pin_memory()
-        return tokens.to(self.device, non_blocking=True).long() & 0xFFFF
+        return Batch.of_windows(tokens.to(self.device, non_blocking=True).long() & 0xFFFF)
 
-    def batch(self, step: int) -> Tensor:
-        """Return this rank's windows of a step, (B, T + 1); rank r holds the r-th share."""
+    def batch(self, step: int) -> Batch:
+        """Return this rank's windows of a step; rank r holds the r-th share."""
         for wanted in (step, step + 1):
             if wanted not in self.ahead:
                 start = wanted * self.config.step_windows + self.offset
@@ -1418,7 +1517,7 @@ def name_validation(by_table: np.ndarray) -> str:
     return name or KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Validation:
     """Validation text as it is scored: tokens (N + 1,) and bytes of each target (N,), uint16."""
 
@@ -1430,6 +1529,16 @@ class Validation:
     legacy_targets: int  # N without it
     sha256: str
     name: str = "UNKNOWN"  # of the published text it is
+
+    def on(self, device) -> tuple[Tensor, Tensor]:
+        """Return tokens and bytes of targets on a device, two bytes each."""
+        return upload(self, device)
+
+
+@functools.lru_cache(1)  # once for all scores of a run
+def upload(text: Validation, device) -> Any:
+    return tuple(torch.from_numpy(values.view(np.int16)).to(device)
+                 for values in (text.tokens, text.target_bytes))
 
 
 def load_tokenizer(path: Path):
@@ -1444,14 +1553,16 @@ def load_validation(config: Config) -> Validation:
     """Return the validation tokens and the bytes each target stands for.
 
     Bytes come from a sidecar (`fineweb_val_bytes_*.bin`, uint16 per token) where one lies beside
-    the shards, else from the tokenizer's byte table. Raises ValueError on inconsistent files.
+    the shards, else from the tokenizer's byte table. Raises ValueError on inconsistent files, and
+    if the tokenizer cannot be the one that wrote them.
     """
     folder, vocab_size = config.shard_dir, config.vocab_size
+    processor = load_tokenizer(config.tokenizer_file)
     tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "val")])
+    piece_bytes, leading, boundary = check_tokenizer(config, processor, tokens)
     if len(tokens) < 2 or tokens.max() >= vocab_size:
         raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-    piece_bytes, leading, boundary = byte_table(load_tokenizer(config.tokenizer_file), vocab_size)
     before, after = tokens[:-1], tokens[1:]
     target_bytes = by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
     if sidecars := find_shards(folder, "val_bytes"):
@@ -1472,12 +1583,9 @@ def load_validation(config: Config) -> Validation:
 
 
 def data_faults(config: Config) -> list[str]:
-    """Return what is wrong with the files a run would read, one line each."""
-    if config.stage == "quantize":  # reads no text
-        return []
+    """Return what can be seen of faults in the files a run would read, one line each."""
     folder, faults = config.shard_dir, []
-    splits = ("train", "val") if config.runs("train") else ("val",)
-    shards = {split: find_shards(folder, split) for split in splits}
+    shards = {split: find_shards(folder, split) for split in config.text}
     for split, files in shards.items():
         if not files:
             where = f"no fineweb_{split}_*.bin in it" if folder.is_dir() else "no such folder"
@@ -1490,36 +1598,23 @@ def data_faults(config: Config) -> list[str]:
                                   f"{config.vocab_size}: a shard of another vocabulary")
             except (ValueError, OSError) as error:
                 faults.append(str(error))
-    if not config.tokenizer_file.is_file():
+    if config.text and not config.tokenizer_file.is_file():
         faults.append(f"TOKENIZER_PATH={config.tokenizer_file}: no such file")
     if not all(shards.values()):
         faults.append(GET_DATA)
-    if not faults and sentencepiece is not None:
-        try:
-            check_tokenizer(config)
-            load_validation(config)
-        except (ValueError, OSError) as error:
-            faults.append(str(error))
-    if not faults and config.runs("train"):
-        text = ShardSet(shards["train"], config.train_seq_len)
-        if not text.num_windows:
-            faults.append(f"DATA_PATH={folder}: {text.num_tokens} training tokens are less than "
-                          f"one window of TRAIN_SEQ_LEN={config.train_seq_len}; lower it or bring "
-                          "more text")
     return faults
 
 
-def check_tokenizer(config: Config):
-    """Raise ValueError if the tokenizer cannot be the one that wrote the validation shards."""
-    processor = load_tokenizer(config.tokenizer_file)
+def check_tokenizer(config: Config, processor, tokens: np.ndarray):
+    """Return the tokenizer's `byte_table`; ValueError if it cannot be the one that wrote tokens."""
     name = f"TOKENIZER_PATH={config.tokenizer_file}"
     if (pieces := processor.vocab_size()) != config.vocab_size:
         raise ValueError(f"{name}: {pieces} pieces, VOCAB_SIZE={config.vocab_size}; set one to "
                          "match")
-    byte_table(processor, config.vocab_size)  # says more of one without a piece for the space
+    table = byte_table(processor, config.vocab_size)
     # What a tokenizer decodes, it encodes again to the same ids (all of them, measured); another
     # one of the same size gives back 95 % at most.
-    ids, kept, whole = open_shard(find_shards(config.shard_dir, "val")[0])[:20_000].tolist(), 0, 0
+    ids, kept, whole = tokens[:20_000].tolist(), 0, 0
     for between, run in itertools.groupby(ids, processor.is_control):
         document = [] if between else list(run)
         again = processor.encode(processor.decode(document))
@@ -1529,6 +1624,7 @@ def check_tokenizer(config: Config):
         raise ValueError(f"{name}: encodes the validation shard's text to other ids ({kept} of "
                          f"{whole} agree): another tokenizer wrote it; set TOKENIZER_PATH to that "
                          "one")
+    return table
 
 
 # == 4 Kernels: one fast form, one plain form per operation =======================================
@@ -1678,6 +1774,14 @@ def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
 
 # == 5 Model ======================================================================================
 
+# Its notable parts, each with the setting that governs it:
+#   tied, softcapped head            LOGIT_SOFTCAP           value embedding            VE_*
+#   depth recurrence                 RECUR_*, VIRTUAL_ORDER  U-Net skips, gated         SKIP_*
+#   two lanes, merged at the end     PARALLEL_START_LAYER    rotation of a part         ROPE_*
+#   heads that drop their own value  XSA_LAST_N              a gain per query head      QK_GAIN_INIT
+#   grouped keys and values          NUM_KV_HEADS            shrinking normed inputs    LN_SCALE
+#   leaky ReLU squared               MLP_MULT                every layer also reads x0  always
+
 class Role(Enum):
     """What a parameter is, given where it is made: decides its optimizer and how it is stored."""
 
@@ -1686,19 +1790,32 @@ class Role(Enum):
     CONTROL = "control"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The order of virtual layers and what flows between them; an argument of `forward`.
+class Step(NamedTuple):
+    """One virtual layer: its physical layer, and what happens around it."""
 
-    order: physical layer of each virtual step. border: first step that decodes; step border + j
-    takes the j-th youngest encoder output through skip row j. skips: how many of them do.
-    lanes_from: first step of the two lanes, len(order) if they never split.
-    """
+    layer: int
+    saves: bool = False  # its output waits for a skip
+    skip: int | None = None  # row by which the youngest waiting output joins before it
+    splits: bool = False  # the lanes begin here
+    last: bool = False  # what follows its keys and values concerns scored positions alone
 
-    order: tuple[int, ...]
-    border: int
-    skips: int
-    lanes_from: int
+
+class Layout(NamedTuple):
+    """The virtual layers of a forward pass and what flows between them; an argument of it."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return tuple(step.layer for step in self.steps)
+
+
+class Phase(NamedTuple):
+    """A part of training: from the end of `start` on, in this layout, on rows of this length."""
+
+    start: Span
+    layout: Layout
+    seq_len: int
 
 
 def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
@@ -1709,12 +1826,14 @@ def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
     lost (PR #1471).
     """
     border, end, skips = len(order) // 2, len(order), skip_rows(config)
-    late = (step for step in range(border, end)
-            if config.lanes_split and order[step] >= config.parallel_start_layer)
+    late = (at for at in range(border, end)
+            if config.lanes_split and order[at] >= config.parallel_start_layer)
     lanes_from = next(late, end)
     if not config.skip_to_lanes:
         skips = min(skips, lanes_from - border + 1)
-    return Layout(order, border, skips, lanes_from)
+    return Layout(tuple(
+        Step(layer, saves=at < border, skip=at - border if 0 <= at - border < skips else None,
+             splits=at == lanes_from, last=at == end - 1) for at, layer in enumerate(order)))
 
 
 def skip_rows(config: Config) -> int:
@@ -1722,9 +1841,12 @@ def skip_rows(config: Config) -> int:
     return config.num_layers // 2
 
 
-def layouts_of(config: Config) -> list[Layout]:
-    """Return the layouts before and after recurrence starts (equal where there is none)."""
-    return [plan_layout(order, config) for order in (config.base_order, config.recurrent_order)]
+def phases(config: Config) -> list[Phase]:
+    """Return the parts of training in order; the last one's layout is the model's from then on."""
+    first = Phase(Span(0), plan_layout(config.base_order, config), config.train_seq_len)
+    recurrent = first._replace(start=config.recur_start,
+                               layout=plan_layout(config.recurrent_order, config))
+    return [first] if recurrent.layout == first.layout else [first, recurrent]
 
 
 def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Parameter:
@@ -1765,6 +1887,16 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
+class Pass(NamedTuple):
+    """What every layer of one forward shares."""
+
+    batch: Batch
+    x0: Tensor  # (B, T, D): the normed embeddings
+    rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2)
+    value: Any  # (B, T, G * K): the value embedding, if there is one
+    last: slice  # the positions whose targets are asked for
+
+
 class Linear(nn.Module):
     """Bias-free matrix (R, C), fp32, applied in the dtype of its input."""
 
@@ -1789,20 +1921,25 @@ class Attention(nn.Module):
         excludes = layer >= config.num_layers - config.xsa_last_n
         self.exclude_self = exclude_self if excludes else lambda out, v: out
 
-    def forward(self, x_BTD: Tensor, rotary, value_BTE: Tensor | None, last: slice) -> Tensor:
-        v = self.v(x_BTD) if value_BTE is None else self.v(x_BTD) + value_BTE
-        q = self.q(x_BTD[:, last]).unflatten(-1, (self.heads, -1))
-        k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (self.k(x_BTD), v))
-        q = rotate(rms_norm(q), *(table[last] for table in rotary))
-        q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *rotary)
-        out = self.exclude_self(self.attend(q, k, v), v[:, last])
+    def forward(self, x_BTD: Tensor, here: Pass, value_scale: Tensor | None,
+                kept: slice) -> Tensor:
+        """Return what heads read at the positions `kept`, (B, S, D)."""
+        v = self.v(x_BTD)  # (B, T, G * K)
+        if value_scale is not None:
+            v = v + here.value * value_scale
+        q = self.q(x_BTD[:, kept]).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
+        k = self.k(x_BTD).unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
+        v = v.unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
+        q = rotate(rms_norm(q), *(table[kept] for table in here.rotary))
+        q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *here.rotary)
+        out = self.exclude_self(self.attend(q, k, v), v[:, kept])  # (B, S, H, K)
         return self.out(out.flatten(2).to(x_BTD.dtype))
 
 
 def exclude_self(out_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Return each head's output less its component along its own position's value (XSA), fp32."""
-    v = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
-    grouped = out_BTHK.float().unflatten(2, (v_BTGK.shape[2], -1))
+    v = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    grouped = out_BTHK.float().unflatten(2, (v_BTGK.shape[2], -1))  # (B, T, G, H / G, K)
     return (grouped - (grouped * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
@@ -1820,7 +1957,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One physical layer; its attention and MLP halves run in turn or on two lanes."""
+    """One physical layer: what its two halves add to a stream. How they follow is Lanes' matter."""
 
     def __init__(self, config: Config, layer: int, attend):
         super().__init__()
@@ -1830,15 +1967,53 @@ class Block(nn.Module):
         self.resid_mix = parameter(Role.CONTROL, [[1.0], [0.0]], 2, config.model_dim)
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
-    def attention_half(self, x: Tensor, x0: Tensor, rotary, value: Tensor | None,
-                       last: slice) -> Tensor:
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(x) * self.norm_scale, rotary, value, last)
-        return x[:, last] + self.attn_scale.to(x.dtype) * attended
+        return mix[0] * x + mix[1] * x0
 
-    def mlp_half(self, x: Tensor) -> Tensor:
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+    def attended(self, x: Tensor, here: Pass, value_scale, kept: slice) -> Tensor:
+        out = self.attn(rms_norm(x) * self.norm_scale, here, value_scale, kept)
+        return self.attn_scale.to(x.dtype) * out
+
+    def fed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+
+class OneStream:
+    """How a block's halves act on the residual stream: attention, then the MLP on its sum."""
+
+    def split(self, x: Tensor, here: Pass) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass, value_scale,
+             kept: slice) -> tuple[Tensor, ...]:
+        """Return the streams after a block; skips join the first one."""
+        x = block.mix(streams[0], here.x0)
+        added = block.attended(x, here, value_scale, kept)
+        x = x[:, kept] + added
+        return (x + block.fed_forward(x),)
+
+    def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
+        return streams[0]
+
+
+class ScalarLanes(OneStream):
+    """Attention and MLP on a lane each, merged by one learned share. Source: PR #1471."""
+
+    def __init__(self, share: Any):
+        self.share = share
+
+    def split(self, x, here):
+        return x, x[:, here.last]  # the MLP's never reads another position
+
+    def step(self, block, streams, here, value_scale, kept):
+        x = block.mix(streams[0], here.x0)
+        added = block.attended(x, here, value_scale, kept)
+        return x[:, kept] + added, streams[1] + block.fed_forward(streams[1])
+
+    def merge(self, streams):
+        share = self.share.to(streams[0].dtype)
+        return share * streams[0] + (1 - share) * streams[1]
 
 
 class ValueEmbedding(nn.Module):
@@ -1872,15 +2047,14 @@ class GPT(nn.Module):
     """The model of PR #1471: U-Net skips, depth recurrence, two lanes, tied softcapped head.
 
     Every size is fixed at construction; the order of layers is `forward`'s argument.
-    Parameters are uninitialised until `init_weights` or a loaded state fills them.
+    Parameters are uninitialised until `init_weights` or a loaded state fills them. train_len: from
+    which length on rotation slows down (TRAIN_SEQ_LEN unless given).
     """
 
-    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32):
+    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32,
+                 train_len: int | None = None):
         super().__init__()
         self.softcap = config.logit_softcap
-        self.rotary: dict[str, Any] = dict(
-            dims=config.rope_dims or config.head_dim, base=config.rope_base,
-            train_len=config.train_seq_len)
         self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
                                  config.tied_embed_init_std)
         self.ve_layers = config.ve_layers if config.ve_enabled else ()
@@ -1889,7 +2063,12 @@ class GPT(nn.Module):
         size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
         self.skip_gates = parameter(Role.CONTROL, 0.0, *size) if config.skip_gates_enabled else None
+        # not in the lanes' own hands: files know it by this name
         self.lane_merge: Any = parameter(Role.CONTROL, 0.5) if config.lanes_split else None
+        self.stream, self.lanes = OneStream(), ScalarLanes(self.lane_merge)
+        self.rotary = functools.partial(
+            rotary_tables, dims=config.rope_dims or config.head_dim, base=config.rope_base,
+            train_len=train_len or config.train_seq_len, like=self.tok_emb.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -1902,38 +2081,30 @@ class GPT(nn.Module):
             else:
                 p.copy_(torch.tensor(p.start))
 
-    def forward(self, tokens_BT: Tensor, layout: Layout, tail: int | None = None) -> Tensor:
-        """Return the normed final hidden state (B, T, D), or its last `tail` positions (B, S, D).
-
-        The MLP lane never reads another position, so with `tail` it is cut at the split already;
-        what follows the last keys and values is cut in the last layer.
-        """
-        x = x0 = rms_norm(self.tok_emb(tokens_BT))
-        embedded = None if self.ve is None else self.ve(tokens_BT)
-        rotary = rotary_tables(tokens_BT.shape[1], **self.rotary, like=x)
-        last = slice(None) if tail is None else slice(tokens_BT.shape[1] - tail, None)
-        encoded, mlp_lane = [], None
-        for step, layer in enumerate(layout.order):
-            if 0 <= (row := step - layout.border) < layout.skips:
-                x = self.blend_skip(row, x, encoded.pop())
-            if step == layout.lanes_from:
-                mlp_lane = x[:, last]
-            block: Any = self.blocks[layer]
-            value = None
-            if layer in self.ve_layers:
-                value = embedded * self.ve.layer_scales.to(x.dtype)[self.ve_layers.index(layer)]
-            x = block.attention_half(x, x0, rotary, value,
-                                     last if step == len(layout.order) - 1 else slice(None))
-            if mlp_lane is None:
-                x = block.mlp_half(x)
-            else:
-                mlp_lane = block.mlp_half(mlp_lane)
-            if step < layout.border:
-                encoded.append(x)
-        if mlp_lane is not None:
-            share = self.lane_merge.to(x.dtype)
-            x = share * x + (1 - share) * mlp_lane
-        return rms_norm(x)
+    def forward(self, batch: Batch, layout: Layout) -> Tensor:
+        """Return the normed final hidden state where targets are asked for, (B, S, D)."""
+        tokens = batch.tokens
+        last = slice(tokens.shape[1] - batch.targets.shape[1], None)
+        x0 = rms_norm(self.tok_emb(tokens))
+        scales, value = (), None
+        if self.ve is not None:
+            scales, value = self.ve.layer_scales.to(x0.dtype), self.ve(tokens)
+        here = Pass(batch, x0, self.rotary(tokens.shape[1]), value, last)
+        lanes, waiting = self.stream, []
+        streams: tuple[Tensor, ...] = (x0,)
+        for step in layout.steps:
+            block: Any = self.blocks[step.layer]
+            if step.skip is not None:
+                x, *others = streams
+                streams = self.blend_skip(step.skip, x, waiting.pop()), *others
+            if step.splits:
+                lanes, streams = self.lanes, self.lanes.split(streams[0], here)
+            scale = (scales[self.ve_layers.index(step.layer)]
+                     if step.layer in self.ve_layers else None)
+            streams = lanes.step(block, streams, here, scale, last if step.last else slice(None))
+            if step.saves:
+                waiting.append(streams[0])
+        return rms_norm(lanes.merge(streams))
 
     def blend_skip(self, row: int, x: Tensor, skip: Tensor) -> Tensor:
         """Return x joined with an encoder output: gated blend, or plain sum where gates are off."""
@@ -1943,39 +2114,30 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.skip_gates[row].to(x.dtype))
         return gate * x + (1 - gate) * skip
 
-    def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
-        """Return softcapped logits (B, T, V), fp32."""
-        return softcap_logits(self(tokens_BT, layout), self.tok_emb.weight, self.softcap)
+    def logits(self, batch: Batch, layout: Layout) -> Tensor:
+        """Return softcapped logits where targets are asked for, (B, S, V), fp32."""
+        return softcap_logits(self(batch, layout), self.tok_emb.weight, self.softcap)
 
-    def token_losses(self, tokens_BT: Tensor, targets_BS: Tensor, layout: Layout) -> Tensor:
-        """Return the loss in nats at the last S positions (B, S), fp32; S = targets_BS.shape[1]."""
-        hidden = self(tokens_BT, layout, tail=targets_BS.shape[1]).flatten(0, 1)
-        return softcap_cross_entropy(hidden, self.tok_emb.weight, targets_BS.flatten(),
-                                     self.softcap).view_as(targets_BS)
+    def token_losses(self, batch: Batch, layout: Layout) -> Tensor:
+        """Return the loss in nats of each target (B, S), fp32."""
+        return softcap_cross_entropy(
+            self(batch, layout).flatten(0, 1), self.tok_emb.weight, batch.targets.flatten(),
+            self.softcap).view_as(batch.targets)
 
-    def mean_loss(self, tokens_BT: Tensor, targets_BT: Tensor, layout: Layout) -> Tensor:
+    def mean_loss(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the mean training loss in nats."""
-        return self.token_losses(tokens_BT, targets_BT, layout).mean()
-
-    def input_groups(self) -> dict[str, list[str]]:
-        """Return which weights read one input: module with that input -> parameter names."""
-        groups = {}
-        for i in range(len(self.blocks)):
-            groups[f"blocks.{i}.attn.q"] = [f"blocks.{i}.attn.{name}.weight" for name in "qkv"]
-            for name in ("attn.out", "mlp.up", "mlp.down"):
-                groups[f"blocks.{i}.{name}"] = [f"blocks.{i}.{name}.weight"]
-        if self.ve and self.ve.proj:
-            groups["ve.proj"] = ["ve.proj.weight"]
-        return groups
-
-
-def meta_model(config: Config) -> GPT:
-    """Return the model without memory for its parameters: names, shapes and roles only."""
-    with torch.device("meta"):
-        return GPT(config)
+        return self.token_losses(batch, layout).mean()
 
 
 # == 6 Optimizer: flat buffers, Muon, AdamW, schedule, average ====================================
+
+# Role -> the settings of its peak learning rate and of its weight decay. Matrices get Muon, the
+# others AdamW, all of a role as one flat parameter.
+RATES = {Role.EMBED: ("tied_embed_lr", "embed_wd"), Role.MATRIX: ("matrix_lr", "muon_wd"),
+         Role.CONTROL: ("scalar_lr", "adam_wd")}
+# (a, b, c) of a Newton-Schulz iteration X <- a X + (b P + c P P) X with P = X XT. Source: K. Jordan
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -1983,7 +2145,6 @@ class Rates:
 
     lr_multiplier: float
     muon_momentum: float
-    recurrent: bool
 
 
 def schedule(config: Config, step: int, progress: float) -> Rates:
@@ -1991,18 +2152,12 @@ def schedule(config: Config, step: int, progress: float) -> Rates:
 
     Source: PR #1471.
     """
-    def way_to(steps, frac):
-        """Return the share done, 1 at most, of so many steps, or of a share of the run if given."""
-        done, whole = (step, steps) if frac is None else (progress, frac)
-        return min(done / whole, 1.0) if whole else 1.0
-
     multiplier = 1.0
     if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
         multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
-    warmed = way_to(config.muon_momentum_warmup_steps, config.muon_momentum_warmup_frac)
+    warmed = config.muon_warmup.done(step, progress)
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
-    return Rates(multiplier, momentum,
-                 recurrent=way_to(config.recur_start_step, config.recur_start_frac) == 1.0)
+    return Rates(multiplier, momentum)
 
 
 def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
@@ -2015,50 +2170,70 @@ def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
     return groups
 
 
+class Stack(NamedTuple):
+    """Parameters of a role that lie side by side in the flat buffer of their dtype.
+
+    Of matrices, all of one shape. at: where each begins.
+    """
+
+    params: list[nn.Parameter]
+    at: list[int]
+    span: slice
+
+
+def room(p: nn.Parameter) -> int:
+    """Return the elements set aside for `p`: its own, rounded up to a multiple of 64."""
+    return -(-p.numel() // 64) * 64
+
+
+def lay_out(groups: dict[Role, list[nn.Parameter]], shares: int) -> list[Stack]:
+    """Return where every parameter lies: embeddings, matrices by shape, controls.
+
+    The number of matrices of a shape is rounded up to a multiple of `shares`.
+    """
+    shapes: dict[Any, list] = {}
+    for p in sorted(groups[Role.MATRIX], key=lambda p: p.shape):
+        shapes.setdefault(p.shape, []).append(p)
+    stacks, ends = [], Counter()  # where each dtype's buffer ends so far
+    for params in (groups[Role.EMBED], *shapes.values(), groups[Role.CONTROL]):
+        dtype = params[0].dtype
+        start, *at, end = itertools.accumulate(map(room, params), initial=ends[dtype])
+        if params[0].role is Role.MATRIX:
+            end += -len(params) % shares * room(params[0])
+        stacks.append(Stack(params, [start, *at], slice(start, end)))
+        ends[dtype] = end
+    return stacks
+
+
 class Bank:
     """All parameters and gradients in one flat buffer per dtype; parameters are views into it.
 
     Clipping and averaging then are one operation per buffer, same-shape matrices are one
-    (N, R, C) tensor, and AdamW sees one flat parameter per role. Every tensor starts at a multiple
-    of 64 elements, and N is rounded up to a multiple of `shares`; the gaps hold zeros.
+    (N, R, C) tensor, and AdamW sees one flat parameter per role. The gaps hold zeros.
     """
 
-    ALIGN = 64
-
     def __init__(self, groups: dict[Role, list[nn.Parameter]], shares: int = 1):
-        self.shapes = {}  # of matrices -> parameters
-        for p in sorted(groups[Role.MATRIX], key=lambda p: p.shape):
-            self.shapes.setdefault(p.shape, []).append(p)
-        self.offsets, ends, spans = {}, {}, []
-        for params in (groups[Role.EMBED], *self.shapes.values(), groups[Role.CONTROL]):
-            start = end = ends.get(params[0].dtype, 0)
-            for p in params:
-                self.offsets[p], end = end, end + self.room(p)
-            if params[0].role is Role.MATRIX:
-                end += -len(params) % shares * self.room(p)
-            ends[p.dtype] = end
-            spans.append((p.dtype, slice(start, end)))
-        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=p.device)
+        stacks = lay_out(groups, shares)
+        ends = {stack.params[0].dtype: stack.span.stop for stack in stacks}
+        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=stacks[0].params[0].device)
                         for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
-        for p in self.offsets:
-            view = self.view(self.weights, p)
-            view.copy_(p.data)
-            p.data, p.grad = view, self.view(self.grads, p)
-        embed, *stacks, control = ((self.weights[dtype][span], self.grads[dtype][span])
-                                   for dtype, span in spans)
-        self.matrices = []  # weights (N, R, C) and gradients (N, room) of each shape
-        for (shape, same), flats in zip(self.shapes.items(), stacks):
-            weights, grads = (flat.view(-1, self.room(same[0])) for flat in flats)
-            self.matrices.append((as_matrices(weights, shape), grads))
+        self.offsets, self.matrices = {}, []
         self.adam: dict[Role, Any] = {}
-        for role, (weights, grads) in ((Role.EMBED, embed), (Role.CONTROL, control)):
-            self.adam[role] = nn.Parameter(weights)
-            self.adam[role].grad = grads
-
-    def room(self, p: nn.Parameter) -> int:
-        """Return the elements set aside for `p`: its own, rounded up to the alignment."""
-        return -(-p.numel() // self.ALIGN) * self.ALIGN
+        for params, at, span in stacks:
+            self.offsets.update(zip(params, at))
+            for p in params:
+                view = self.view(self.weights, p)
+                view.copy_(p.data)
+                p.data, p.grad = view, self.view(self.grads, p)
+            first: Any = params[0]
+            weights, grads = self.weights[first.dtype][span], self.grads[first.dtype][span]
+            if first.role is Role.MATRIX:  # weights (N, R, C), gradients (N, room), how many
+                weights, grads = (flat.view(-1, room(first)) for flat in (weights, grads))
+                self.matrices.append((as_matrices(weights, first.shape), grads, len(params)))
+            else:
+                self.adam[first.role] = whole = nn.Parameter(weights)
+                whole.grad = grads
 
     def view(self, buffers, p: nn.Parameter) -> Tensor:
         """Return the part of `buffers` (weights, grads, an average of them) that belongs to `p`."""
@@ -2070,16 +2245,15 @@ def as_matrices(rows: Tensor, shape) -> Tensor:
     return rows[:, :math.prod(shape)].unflatten(1, shape)
 
 
-def newton_schulz(g_NRC: Tensor, steps: int, dtype) -> Tensor:
+def newton_schulz(g_NRC: Tensor, coefficients, dtype) -> Tensor:
     """Return nearly orthogonal matrices (N, R, C) with the row and column spaces of g.
 
-    Source: K. Jordan's Muon.
+    coefficients: (a, b, c) of each iteration. Source: K. Jordan's Muon.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = g_NRC.shape[1] > g_NRC.shape[2]
     x = (g_NRC.mT if tall else g_NRC).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in coefficients:
         p = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(p, p, p, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -2093,13 +2267,15 @@ class Optimizers:
     """
 
     def __init__(self, model: nn.Module, config: Config, runtime: Runtime):
-        self.config, self.runtime, self.clip_norm = config, runtime, config.grad_clip_norm
+        self.runtime, self.clip_norm = runtime, config.grad_clip_norm
         self.bank = Bank(partition(model), runtime.world_size)
         self.momenta = [weights.new_zeros(len(weights) // runtime.world_size, *weights.shape[1:])
-                        for weights, _ in self.bank.matrices]
-        groups = [dict(params=[self.bank.adam[role]], lr=lr, peak_lr=lr, weight_decay=decay)
-                  for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
-                                          (Role.CONTROL, config.scalar_lr, config.adam_wd))]
+                        for weights, *_ in self.bank.matrices]
+        rates = {role: [getattr(config, name) for name in names] for role, names in RATES.items()}
+        self.muon_lr, self.muon_decay = rates[Role.MATRIX]
+        self.iterations = [NEWTON_SCHULZ] * config.muon_backend_steps
+        groups = [dict(params=[p], lr=rates[role][0], peak_lr=rates[role][0],
+                       weight_decay=rates[role][1]) for role, p in self.bank.adam.items()]
         self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
                                        eps=config.adam_eps, fused=runtime.device.type == "cuda")
 
@@ -2112,7 +2288,7 @@ class Optimizers:
 
         Returns the norm before scaling, on the device. Of the matrices, only what this rank owns.
         """
-        started = [self.runtime.scatter_sum(grads) for _, grads in self.bank.matrices]
+        started = [self.runtime.scatter_sum(grads) for _, grads, _ in self.bank.matrices]
         shared = [self.runtime.sum_(p.grad) for p in self.bank.adam.values()]
         self.owned = [wait() for wait in started]  # (N, room)
         squares = [torch.stack([g.float().norm().square() for g in part]).sum()
@@ -2128,28 +2304,28 @@ class Optimizers:
     @torch.no_grad()
     def step(self, rates: Rates):
         """Apply one update from the reduced gradients."""
-        lr, beta = self.config.matrix_lr * rates.lr_multiplier, rates.muon_momentum
+        lr, beta = self.muon_lr * rates.lr_multiplier, rates.muon_momentum
         started = [self.runtime.gather_rows(
             self.muon_update(as_matrices(grads, momentum.shape[1:]), momentum, beta))
             for grads, momentum in zip(self.owned, self.momenta)]
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * rates.lr_multiplier
         self.adamw.step()
-        for (weights, _), wait in zip(self.bank.matrices, started):
-            weights.mul_(1 - lr * self.config.muon_wd).add_(wait(), alpha=-lr)
+        for (weights, *_), wait in zip(self.bank.matrices, started):
+            weights.mul_(1 - lr * self.muon_decay).add_(wait(), alpha=-lr)
 
     def muon_update(self, grads: Tensor, momentum: Tensor, beta: float) -> Tensor:
         """Return updates (N, R, C): Nesterov, rows normalised (MuonEq-R), orthogonalised."""
         momentum.mul_(beta).add_(grads)
         direction = torch.add(grads, momentum, alpha=beta)
         direction /= direction.norm(dim=2, keepdim=True).clamp_min(1e-7)
-        out = newton_schulz(direction, self.config.muon_backend_steps, self.runtime.compute_dtype)
+        out = newton_schulz(direction, self.iterations, self.runtime.compute_dtype)
         return out * max(1.0, grads.shape[1] / grads.shape[2]) ** 0.5
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all momenta by name, whatever the number of ranks; every rank must call it."""
-        found = {f"momentum.{i}": self.runtime.gather_rows(momentum)()[:len(same)]
-                 for i, (momentum, same) in enumerate(zip(self.momenta, self.bank.shapes.values()))}
+        found = {f"momentum.{i}": self.runtime.gather_rows(momentum)()[:count] for i, (
+            momentum, (*_, count)) in enumerate(zip(self.momenta, self.bank.matrices))}
         for role, p in self.bank.adam.items():
             for key, value in self.adamw.state[p].items():
                 found[f"adam.{role.value}.{key}"] = value.float()
@@ -2194,20 +2370,23 @@ class Average:
 # == 7 Quantize: steps, GPTQ, the budget ==========================================================
 
 GPTQ_DAMP, GPTQ_BLOCK = 0.01, 128
-INT6_MAX_CODE, INT8_MAX_CODE = 31, 127
-BASE_K, BASE_K_EMBED = 12.85, 20.0
+INT8_MAX_CODE = 127
 # The search's range: below 0.35 int6 rows would clip at 4.5 standard deviations.
 MULTIPLIER_RANGE = (0.35, 4.0)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How matrices of one kind become codes: range +-max_code, radius of k row stds, least step."""
+    """How matrices of one kind become codes: range +-max_code, radius of k row stds, least step.
+
+    power: of Fisher information in their rows' steps.
+    """
 
     max_code: int
     k: float
     floor: float
     gptq: bool
+    power: float = 1.0
 
 
 def clip_radius(w_NRC: Tensor, spec: QuantSpec, multiplier: float) -> Tensor:
@@ -2786,186 +2965,292 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
-def plan_storage(model: Any, config: Config) -> dict[str, str]:
-    """Return how each parameter is stored: int6, int8 (codes and steps), float16 or float32."""
-    kinds = {Role.EMBED: "int8", Role.MATRIX: "int6", Role.CONTROL: config.control_dtype}
-    return {name: "float16" if p.role is Role.MATRIX and p.numel() <= config.fp16_max_numel
-            else kinds[p.role] for name, p in model.named_parameters()}
+# Kind of codes -> (codes to +-, clip radius in row stds at multiplier 1). Other kinds are dtypes.
+INT6, INT8 = "int6", "int8"
+CODED = {INT6: (31, 12.85), INT8: (INT8_MAX_CODE, 20.0)}
 
 
-def stats_shapes(model: Any, names) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each statistic that calibration with gradients has of weights."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        weight = model.get_parameter(name)
-        rows, columns = weight.shape
-        shapes |= {f"fisher.{name}": (rows,), f"inputs.{name}": (columns, columns)}
-        if weight.role is Role.MATRIX and couples(rows, columns):
-            shapes[f"outputs.{name}"] = rows, rows
-    return shapes
+class Entry(NamedTuple):
+    """One parameter of a model: its shape, its role, and how it is stored (CODED or a dtype)."""
+
+    shape: tuple[int, ...]
+    role: Role
+    kind: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@functools.cache
+def inventory(config: Config) -> dict[str, Entry]:
+    """Return every parameter of the model by name, in its order; nothing is allocated."""
+    kinds = {Role.EMBED: INT8, Role.MATRIX: INT6, Role.CONTROL: config.control_dtype}
+    with torch.device("meta"):
+        parameters: Any = GPT(config).named_parameters()
+    small = config.fp16_max_numel
+    return {name: Entry(tuple(p.shape), p.role, "float16" if p.role is Role.MATRIX
+                        and p.numel() <= small else kinds[p.role]) for name, p in parameters}
+
+
+def coded(config: Config) -> dict[str, Entry]:
+    """Return the parameters that become codes."""
+    return {name: entry for name, entry in inventory(config).items() if entry.kind in CODED}
+
+
+def count_parameters(config: Config, *roles: Role) -> int:
+    """Return the number of weights of these roles, or of all."""
+    return sum(entry.numel for entry in inventory(config).values()
+               if entry.role in (roles or Role))
+
+
+def weight_forms(config: Config) -> dict:
+    """Return name -> (shape, dtype) of the tensors in a file of averaged weights."""
+    return {name: (entry.shape, torch.float32) for name, entry in inventory(config).items()}
 
 
 def quant_specs(config: Config) -> dict[str, QuantSpec]:
-    """Return how each kind of codes is made at multiplier 1; steps by sensitivity never clip."""
-    k, k_embed = config.sdclip_k or BASE_K, config.sdclip_k_embed or BASE_K_EMBED
-    gptq_embed = config.gptq_enabled and config.embed_gptq
-    return {"int6": QuantSpec(INT6_MAX_CODE, k, config.scale_floor, config.gptq_enabled),
-            "int8": QuantSpec(INT8_MAX_CODE, k_embed, config.scale_floor_embed, gptq_embed)}
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """What quantisation needs to know of each weight, by name.
-
-    hessians: mean x xT of its inputs (C, C). fisher: mean squared gradient of its outputs (R,).
-    outputs: mean g gT of these gradients (R, R), for matrices whose rows are coupled.
-    """
-
-    hessians: dict[str, Tensor]
-    fisher: dict[str, Tensor]
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def sensitivity_of(stats: dict[str, Tensor], readers: dict[str, list[str]],
-                   weights: dict[str, Tensor]) -> Sensitivity:
-    """Return Sensitivity from a run's statistics: by observed module, or already by weight.
-
-    Statistics with gradients serve both step rules, those without serve SDClip alone: there the
-    value-embedding table has PᵀP of its projection P, as published.
-    """
-    inputs, fisher, outputs = (
-        {name.removeprefix(kind): value for name, value in stats.items() if name.startswith(kind)}
-        for kind in ("inputs.", "fisher.", "outputs."))
-    hessians = {name: stats[observed] for observed, names in readers.items() for name in names}
-    hessians |= inputs
-    if (table := "ve.table.weight") in weights and table not in hessians:
-        projection = weights.get("ve.proj.weight", torch.eye(weights[table].shape[1]))
-        hessians[table] = projection.T @ projection
-    return Sensitivity(hessians, fisher, outputs)
+    """Return how each kind of codes is made at multiplier 1."""
+    given = {INT6: (config.sdclip_k, config.scale_floor, True, config.row_power),
+             INT8: (config.sdclip_k_embed, config.scale_floor_embed, config.embed_gptq,
+                    config.embed_power)}
+    return {kind: QuantSpec(CODED[kind][0], k or CODED[kind][1], floor,
+                            config.gptq_enabled and gptq, power)
+            for kind, (k, floor, gptq, power) in given.items()}
 
 
 @dataclass
 class Group:
-    """Same-shape tensors of a kind that are quantised together; under SDClip the rest stays unset.
+    """Same-shape tensors of a kind that are quantised together.
 
-    costs_NR: what an error in each row costs. answers: of `couple_rows`, where rows are coupled.
-    rows_NR, columns_NC: log2 steps at multiplier 1, OCTAVE codes a doubling. moved_NRC: of
-    `moved_aims`.
+    factors: of their Hessians, where GPTQ or the step rule needs them. plan: what the step rule
+    knows of them before there is a multiplier.
     """
 
     names: list[str]
     kind: str
+    spec: QuantSpec
     w_NRC: Tensor
-    factors: Any = None  # where a Hessian is known
-    costs_NR: Any = None
+    factors: Any = None
+    plan: Any = None
+
+
+class ClipSteps:
+    """Steps by SDClip: k standard deviations of a row span its codes. Source: PR #1394.
+
+    A step rule says which statistics of the weights it needs, plans a group's steps from them,
+    makes codes at a multiplier, and reads back the steps it had stored.
+    """
+
+    gradients, trellis = False, False  # does calibration need them; do codes depend on each other
+    column_bytes = 0.2  # what a column of codes takes besides its codes, as seen
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each statistic by name: "inputs." mean x xT of a weight's inputs.
+
+        Of the value embedding GPTQ takes PT P of its projection P, as published.
+        """
+        specs = quant_specs(self.config)
+        return {f"inputs.{name}": 2 * entry.shape[1:] for name, entry in coded(self.config).items()
+                if specs[entry.kind].gptq and name != VALUE_TABLE}
+
+    def hessians(self, known: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the Hessians by weight."""
+        found = {name.removeprefix("inputs."): value for name, value in known.items()
+                 if name.startswith("inputs.")}
+        if known and VALUE_TABLE in weights and VALUE_TABLE not in found:
+            width = weights[VALUE_TABLE].shape[1]
+            projection = weights.get("ve.proj.weight", torch.eye(width))
+            found[VALUE_TABLE] = projection.T @ projection
+        return found
+
+    def plan(self, groups: list[Group], known: dict[str, Tensor]):
+        """Fill the groups' plans."""
+
+    def max_code(self, spec: QuantSpec) -> int:
+        return spec.max_code
+
+    def codes(self, group: Group, multiplier: float, solved: bool) -> tuple[Tensor, ...]:
+        """Return codes (N, R, C) and what is stored of their steps: of rows, maybe of columns.
+
+        solved False: rounded to nearest, quick and near in size.
+        """
+        w, spec = group.w_NRC, group.spec
+        radius = clip_radius(w, spec, multiplier)
+        steps = step_sizes(radius, spec)
+        stored = steps.half()
+        if solved and group.factors:
+            codes = gptq(w, group.factors, stored, spec.max_code)
+        else:  # int8 tables are rounded against the fp32 step, as published
+            codes = round_to_nearest(w, radius, steps if group.kind == INT8 else stored,
+                                     spec.max_code)
+        return codes, stored
+
+    def step_forms(self, rows: int, columns: int) -> dict[str, tuple]:
+        """Return name -> (shape, dtype) of the steps of so many rows and columns in an artifact."""
+        return {"steps": ((rows,), torch.float16)}
+
+    def read_steps(self, stored: dict[str, Tensor], columns: int,
+                   multiplier: float) -> tuple[Tensor, Tensor]:
+        """Return the steps of rows and of columns, fp32, from what was stored."""
+        return stored["steps"].float(), torch.ones(columns)
+
+
+class Plan(NamedTuple):
+    """Steps by sensitivity of a Group at multiplier 1.
+
+    costs_NR: what an error in each row costs. answers: of `couple_rows`, where rows are coupled.
+    rows_NR, columns_NC: log2 steps, OCTAVE codes a doubling. moved_NRC: of `moved_aims`.
+    """
+
+    costs_NR: Tensor
     answers: Tensor = UNCOUPLED
     rows_NR: Any = None
     columns_NC: Any = None
     moved_NRC: Any = None
 
 
-class Quantizer:
-    """Averaged weights and what is known of them, ready to become codes at any step multiplier.
+class FisherSteps(ClipSteps):
+    """Steps of rows and columns that equalise the loss expected of rounding; they never clip."""
 
-    weights: name -> fp32 tensor. Same-shape tensors of a kind are worked on at once, on `device`.
-    """
+    gradients, column_bytes = True, 0.6
 
-    def __init__(self, weights: dict[str, Tensor], known: Sensitivity, config: Config, device):
-        self.storage, self.specs = plan_storage(meta_model(config), config), quant_specs(config)
-        self.weights, self.config, self.memo = weights, config, {}
-        self.redamped, self.gptq_names, by_shape = {}, [], {}
-        self.order = [name for name, kind in self.storage.items() if kind in self.specs]
-        for name in self.order:
-            by_shape.setdefault((self.storage[name], weights[name].shape), []).append(name)
-        self.groups = [self.group(names, known, device) for names in by_shape.values()]
-        if config.fisher_steps:
-            self.plan_steps()
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.trellis = config.trellis
 
-    def group(self, names: list[str], known: Sensitivity, device) -> Group:
-        """Return tensors of one shape and kind, with what is known of them."""
-        def stack(tensors):
-            return torch.stack([tensors[name] for name in names]).to(device)
+    def statistics(self):
+        """Return shapes: besides "inputs." (x xT), weighted by gradients here, these.
 
-        config, group = self.config, Group(names, self.storage[names[0]], stack(self.weights))
-        solved = self.specs[group.kind].gptq and all(name in known.hessians for name in names)
-        if solved:
-            self.gptq_names += names
-        if solved or config.fisher_steps:
-            group.factors = factor_hessians(stack(known.hessians))
-            damps = zip(names, group.factors.damp_N.tolist())
-            self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-        if config.fisher_steps:
-            group.costs_NR = stack(known.fisher)
-        if config.couples_rows and solved and couples(*group.w_NRC.shape[1:]) and all(
-                name in known.outputs for name in names):
-            group.costs_NR, group.answers = couple_rows(stack(known.outputs))
-        return group
+        "fisher." mean squared gradient of each row's output; "outputs." mean g gT of the gradients
+        of the outputs of matrices whose rows may be coupled.
+        """
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, entry in coded(self.config).items():
+            rows, columns = entry.shape
+            shapes |= {f"fisher.{name}": (rows,), f"inputs.{name}": (columns, columns)}
+            if entry.role is Role.MATRIX and couples(rows, columns):
+                shapes[f"outputs.{name}"] = rows, rows
+        return shapes
 
-    def plan_steps(self):
-        """Give the groups steps by sensitivity, on average those of SDClip's base k."""
-        powers = {"int6": self.config.row_power, "int8": self.config.embed_power}
+    def plan(self, groups, known):
+        """Plan steps that are on average those of SDClip's k."""
         plans, offsets, weights = [], 0.0, 0
-        for group in self.groups:
-            w, spec = group.w_NRC, self.specs[group.kind]
-            rows, columns = sensitive_steps(group.costs_NR, group.factors, powers[group.kind],
+        for group in groups:
+            w, spec = group.w_NRC, group.spec
+            plan = self.costs(group, known)
+            rows, columns = sensitive_steps(plan.costs_NR, group.factors, spec.power,
                                             self.config.column_power)
-            group.columns_NC = (OCTAVE * columns).round().clamp(-127, 127).to(torch.int8)
-            group.moved_NRC = moved_aims(group.factors, 2 ** rows, 2 ** columns, group.answers)
             usual = (clip_radius(w, spec, 1.0) / spec.max_code).double().log2()
             alive = w.std(dim=2) > 0  # the others need no bits
             offsets += float((usual - rows)[alive].sum()) * w.shape[2]
             weights += int(alive.sum()) * w.shape[2]
+            group.plan = plan._replace(
+                columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
+                moved_NRC=moved_aims(group.factors, 2 ** rows, 2 ** columns, plan.answers))
             # coupled rows of small weights may have to answer large errors of others
-            plans.append((group, rows, usual - 6, usual + (99 if group.answers.numel() else 4)))
+            ends = usual - 6, usual + (99 if plan.answers.numel() else 4)
+            plans.append((group, rows, ends))
         shift = offsets / max(1, weights)
-        for group, rows, *ends in plans:
-            group.rows_NR = (OCTAVE * (rows + shift).clamp(*ends)).round()
+        for group, rows, ends in plans:
+            rows = (OCTAVE * (rows + shift).clamp(*ends)).round()
+            group.plan = group.plan._replace(rows_NR=rows)
 
-    def codes_of(self, group: Group, multiplier: float, solved: bool) -> tuple[Tensor, ...]:
-        """Return codes (N, R, C), and steps of rows and columns as the artifact stores them.
+    def costs(self, group: Group, known: dict[str, Tensor]) -> Plan:
+        """Return what errors in a group's rows cost, and how rows below answer them."""
+        def stack(kind):
+            return torch.stack([known[kind + name] for name in group.names]).to(group.w_NRC.device)
 
-        SDClip has no steps of columns.
-        """
-        w, spec, factors = group.w_NRC, self.specs[group.kind], group.factors
-        if not self.config.fisher_steps:
-            radius = clip_radius(w, spec, multiplier)
-            steps = step_sizes(radius, spec)
-            stored = steps.half()
-            if solved and factors:
-                codes = gptq(w, factors, stored, spec.max_code)
-            else:  # int8 tables are rounded against the fp32 step, as published
-                used = steps if group.kind == "int8" else stored
-                codes = round_to_nearest(w, radius, used, spec.max_code)
-            return codes, stored
-        columns = steps_from_codes(group.columns_NC)
+        if (self.config.couple_rows and self.trellis and group.spec.gptq
+                and couples(*group.w_NRC.shape[1:])
+                and all(f"outputs.{name}" in known for name in group.names)):
+            return Plan(*couple_rows(stack("outputs.")))
+        return Plan(stack("fisher."))
+
+    def max_code(self, spec):
+        return INT8_MAX_CODE
+
+    def codes(self, group, multiplier, solved):
+        """As ClipSteps, but of codes only rounded, noise stands for GPTQ's feedback."""
+        w, factors, plan = group.w_NRC, group.factors, group.plan
+        columns = steps_from_codes(plan.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
-        rows = torch.maximum(group.rows_NR, (OCTAVE * largest.double().log2()).ceil())
+        rows = torch.maximum(plan.rows_NR, (OCTAVE * largest.double().log2()).ceil())
         rows = rows.clamp(-127, 127).to(torch.int8)
         steps = multiplier * steps_from_codes(rows)
-        if solved and (spec.gptq or self.config.uses_trellis):
-            if not spec.gptq:  # no feedback
+        if solved and (group.spec.gptq or self.trellis):
+            if not group.spec.gptq:  # no feedback
                 one = torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC)
                 factors = factor_hessians(one)
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
-                         group.answers if self.config.uses_trellis else None)
+                         plan.answers if self.trellis else None)
         else:
             codes = w / steps[:, :, None] / columns[:, None, :]
-            if spec.gptq:
+            if group.spec.gptq:
                 random = torch.Generator(w.device).manual_seed(0)
-                codes += group.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
+                codes += plan.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
             codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
-        return codes, rows, group.columns_NC
+        return codes, rows, plan.columns_NC
+
+    def step_forms(self, rows, columns):
+        return {"steps": ((rows,), torch.int8), "column_steps": ((columns,), torch.int8)}
+
+    def read_steps(self, stored, columns, multiplier):
+        return (multiplier * steps_from_codes(stored["steps"]),
+                steps_from_codes(stored["column_steps"]))
+
+
+STEP_RULES = {"fisher": FisherSteps, "sdclip": ClipSteps}
+VALUE_TABLE = "ve.table.weight"
+
+
+class Quantizer:
+    """Averaged weights and what is known of them, ready to become codes at any step multiplier.
+
+    weights: name -> fp32 tensor; known: statistics by the names of the step rule (empty without
+    calibration). Same-shape tensors of a kind are worked on at once, on `device`.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], known: dict[str, Tensor], config: Config,
+                 device):
+        self.weights, self.config, self.memo = weights, config, {}
+        self.rule, self.specs = STEP_RULES[config.rule](config), quant_specs(config)
+        self.redamped, self.gptq_names, by_form = {}, [], {}
+        self.order = list(coded(config))
+        for name, entry in coded(config).items():
+            by_form.setdefault((entry.kind, entry.shape), []).append(name)
+        hessians = self.rule.hessians(known, weights)
+        self.groups = [self.group(kind, names, hessians, device)
+                       for (kind, _), names in by_form.items()]
+        self.rule.plan(self.groups, known)
+
+    def group(self, kind: str, names: list[str], hessians: dict[str, Tensor], device) -> Group:
+        """Return tensors of one shape and kind, with the factors of their Hessians."""
+        def stack(tensors):
+            return torch.stack([tensors[name] for name in names]).to(device)
+
+        group = Group(names, kind, self.specs[kind], stack(self.weights))
+        solved = group.spec.gptq and all(name in hessians for name in names)
+        if solved:
+            self.gptq_names += names
+        if solved or self.rule.gradients:
+            group.factors = factor_hessians(stack(hessians))
+            damps = zip(names, group.factors.damp_N.tolist())
+            self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
+        return group
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
-        """Return name -> (codes (R, C) int8, row steps, column steps) at a step multiplier.
+        """Return name -> (codes (R, C) int8, stored row steps, column steps) at a step multiplier.
 
-        SDClip has no column steps. solved False: rounded to nearest, quick and near in size: in
-        place of GPTQ's feedback there is noise as large. The last result is kept.
+        solved: see the step rule. The last result is kept.
         """
         if (multiplier, solved) not in self.memo:
             found = {}
             for group in self.groups:
-                parts = [part.cpu() for part in self.codes_of(group, multiplier, solved)]
+                parts = [part.cpu() for part in self.rule.codes(group, multiplier, solved)]
                 found.update(zip(group.names, zip(*parts)))
             self.memo = {(multiplier, solved): found}
         return self.memo[multiplier, solved]
@@ -2986,8 +3271,8 @@ class Quantizer:
         """
         found = self.codes_at(multiplier, solved)
         codes, classes, parts = self.classes_at(multiplier, solved)
-        tensors = {name: self.weights[name].to(DTYPES[kind])
-                   for name, kind in self.storage.items() if kind not in self.specs}
+        tensors = {name: self.weights[name].to(DTYPES[entry.kind])
+                   for name, entry in inventory(self.config).items() if entry.kind not in CODED}
         if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{', '.join(bad[:3])}: not finite or too large for float16: training "
                              "diverged, or set CONTROL_DTYPE=float32 FP16_MAX_NUMEL=0")
@@ -3000,8 +3285,8 @@ class Quantizer:
 
     def bits(self, multiplier: float, kind: str) -> float:
         """Return the mean order-0 entropy in bits of a code of the given kind."""
-        found = self.codes_at(multiplier)
-        codes = [found[name][0] for name in found if self.storage[name] == kind]
+        codes = [found[0] for name, found in self.codes_at(multiplier).items()
+                 if inventory(self.config)[name].kind == kind]
         return 8 * sum(map(entropy_bytes, codes)) / max(1, sum(c.numel() for c in codes))
 
 
@@ -3036,34 +3321,26 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     """
     if header["coding"] != CODING:
         raise ContainerError(f"{origin}: coded by another train_gpt.py; use the one that wrote it")
-    model, left = meta_model(config), dict(tensors)
-    storage = plan_storage(model, config)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    order = [name for name, kind in storage.items() if kind in ("int6", "int8")]
-    rows, columns = ([shapes[name][axis] for name in order] for axis in (0, 1))
-    fisher = config.fisher_steps
-    form: dict[str, tuple] = {name: (shapes[name], DTYPES[kind]) for name, kind in storage.items()
-            if name not in order}
-    form |= dict(steps=((sum(rows),), torch.int8 if fisher else torch.float16),
-                 row_classes=((sum(rows),), torch.int8),
-                 column_classes=((sum(columns),), torch.int8))
-    if fisher:
-        form["column_steps"] = form["column_classes"]
-    check_tensors(left, form, origin)
-    state = {name: left.pop(name).float() for name in storage if name not in order}
-    steps, column_steps = left.pop("steps"), torch.ones(sum(columns))
-    if fisher:
-        steps = header["multiplier"] * steps_from_codes(steps)
-        column_steps = steps_from_codes(left.pop("column_steps"))
+    rule, codes_of, left = STEP_RULES[config.rule](config), coded(config), dict(tensors)
+    rows, columns = ([entry.shape[axis] for entry in codes_of.values()] for axis in (0, 1))
+    plain = {name: (entry.shape, DTYPES[entry.kind]) for name, entry in inventory(config).items()
+             if name not in codes_of}
+    steps_form = rule.step_forms(sum(rows), sum(columns))
+    forms = plain | steps_form | dict(row_classes=((sum(rows),), torch.int8),
+                                      column_classes=((sum(columns),), torch.int8))
+    check_tensors(left, forms, origin)
+    state = {name: left.pop(name).float() for name in plain}
+    steps = rule.read_steps({name: left.pop(name) for name in steps_form}, sum(columns),
+                            header["multiplier"])
     classes = [element_classes(*pair) for pair in zip(left.pop("row_classes").split(rows),
                                                       left.pop("column_classes").split(columns))]
     try:
         codes = decode_codes(left, torch.cat(classes), config.compressor)
     except (ValueError, LookupError, RuntimeError, TypeError) as error:
         raise ContainerError(f"{origin}: its codes are damaged ({error}); make it again") from None
-    parts = codes.split([len(c) for c in classes]), steps.split(rows), column_steps.split(columns)
-    for name, code, step, column in zip(order, *parts):
-        state[name] = dequantize(code.view(shapes[name]), step, column, config.uses_trellis)
+    parts = codes.split([len(c) for c in classes]), steps[0].split(rows), steps[1].split(columns)
+    for (name, entry), code, step, column in zip(codes_of.items(), *parts):
+        state[name] = dequantize(code.view(entry.shape), step, column, rule.trellis)
     for name, weight in state.items():
         if not torch.isfinite(weight).all():
             raise ContainerError(f"{origin}: {name} holds values that are not finite")
@@ -3071,37 +3348,28 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     return state
 
 
-def weight_forms(config: Config) -> dict:
-    """Return name -> (shape, dtype) of the tensors in a file of averaged weights."""
-    return {name: (p.shape, torch.float32) for name, p in meta_model(config).named_parameters()}
-
-
 def fitting_parameters(config: Config, artifact_bytes: int, limit_bytes: int) -> int:
     """Return how many parameters would fit the limit at the bytes a parameter takes here."""
-    count = sum(p.numel() for p in meta_model(config).parameters())
-    return int(count * max(0, limit_bytes) / artifact_bytes)
+    return int(count_parameters(config) * max(0, limit_bytes) / artifact_bytes)
 
 
 def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
     # bytes of the header, tables and states; of a column of codes, a row has 1.3; all as seen
-    model, fixed, specs = meta_model(config), 2500, quant_specs(config)
-    column_bytes = 0.6 if config.fisher_steps else 0.2
+    fixed, specs, rule = 2500, quant_specs(config), STEP_RULES[config.rule](config)
     weights = dict.fromkeys(specs, 0)
-    for name, kind in plan_storage(model, config).items():
-        p = model.get_parameter(name)
-        if kind in specs:
-            weights[kind] += p.numel()
-            fixed += int(1.3 * p.shape[0] + column_bytes * p.shape[1])
+    for entry in inventory(config).values():
+        if entry.kind in specs:
+            weights[entry.kind] += entry.numel
+            fixed += int(1.3 * entry.shape[0] + rule.column_bytes * entry.shape[1])
         else:
-            fixed += p.numel() * DTYPES[kind].itemsize
+            fixed += entry.numel * DTYPES[entry.kind].itemsize
 
     overhead = {"rans": 1.001, "brotli": 1.012, "lzma": 1.05}[config.compressor]  # as seen
 
     def total(multiplier):
         bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code,
-                                                 INT8_MAX_CODE if config.fisher_steps
-                                                 else spec.max_code)
+                                                 rule.max_code(spec))
                    for kind, spec in specs.items())
         return code_bytes + fixed + int(bits / 8 * overhead)
 
@@ -3145,29 +3413,27 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarra
 def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Runtime):
     """Yield this rank's windows in batches of one static shape per first scored position.
 
-    A batch: tokens (B, T), targets (B, S), which of these count (B, S), and the span of those that
-    do, which lie side by side. windows: (seq_len, stride, windows per batch). Batches are cut out
-    of the text on the device; the last one is filled up with windows past the end, which count
-    nothing.
+    windows: (seq_len, stride, windows per batch). Batches are cut out of the text on the device;
+    the last one is filled up with windows past the end, which count nothing.
     """
     (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
     rank, ranks = runtime.rank, runtime.world_size
     share = slice(len(starts) * rank // ranks, len(starts) * (rank + 1) // ranks)
     starts, first_scored = starts[share], first_scored[share]
-    tokens = torch.from_numpy(np.pad(text.tokens.astype(np.int32), (0, seq_len)))
-    tokens, place = tokens.to(runtime.device), torch.arange(seq_len, device=runtime.device)
+    tokens, _ = text.on(runtime.device)
+    place = torch.arange(seq_len, device=runtime.device)
     for first in np.unique(first_scored).tolist():
         group = starts[first_scored == first]
         size = batch if runtime.compiles else min(batch, len(group))  # one shape: one graph
         for at in range(0, len(group), size):
             some = group[at:at + size]
-            span = int(some[0]) + first, min(int(some[-1]) + seq_len, num_targets)
             some = np.concatenate([some, np.full(size - len(some), num_targets)])
             where = torch.from_numpy(some).to(runtime.device)[:, None] + place
-            inside, scored = where < num_targets, where[:, first:]
-            yield ((tokens[where] * inside).long(), tokens[scored + 1].long(), inside[:, first:],
-                   span)
+            inside = where < num_targets
+            places = where.masked_fill(~inside, -1)[:, first:]
+            read = tokens[where.clamp(max=num_targets)].long() & 0xFFFF
+            yield Batch(read * inside, tokens[places + 1].long() & 0xFFFF, places)
 
 
 STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: what a kill may cost
@@ -3177,31 +3443,37 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
           progress=None, journal=None) -> Score:
     """Return the Score of a text. windows: (seq_len, stride, windows per forward).
 
-    losses_of(tokens_BT, targets_BS) -> nats (B, S) of the last S positions. Sums are float64, one
-    for each stretch of batches. journal: mapping of a stretch's first and last target to its nats;
-    what it holds is not computed again.
+    losses_of(batch) -> nats (B, S) of its targets. Sums are float64, one for each unit of work, a
+    stretch of batches. journal: mapping of a unit to its nats, targets and bytes; what it holds is
+    not computed again.
     """
     seq_len, stride, batch = windows
-    journal = {} if journal is None else journal
+    journal, (_, target_bytes) = {} if journal is None else journal, text.on(runtime.device)
     starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
     planned = len(starts) // runtime.world_size
     sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
     batches, at_once = window_batches(text, windows, runtime), STRETCH_TOKENS // (batch * seq_len)
     with torch.inference_mode():
-        while stretch := list(itertools.islice(batches, max(1, at_once))):
-            spans = [span for *_, span in stretch]
-            span = spans[0][0], spans[-1][1]
-            if span not in journal:
-                nats = [losses_of(tokens, targets).double().masked_fill(~counted, 0.0).sum()
-                        for tokens, targets, counted, _ in stretch]
-                journal[span] = torch.stack(nats).sum().item()
-            scored = text.target_bytes[slice(*span)]
-            sums += torch.tensor([journal[span], len(scored), scored.sum()], dtype=torch.float64)
-            done += sum(len(tokens) for tokens, *_ in stretch)
+        for unit in itertools.count():
+            if not (stretch := list(itertools.islice(batches, max(1, at_once)))):
+                break
+            if unit not in journal:
+                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch],
+                                       target_bytes)
+            sums += torch.tensor(journal[unit], dtype=torch.float64)
+            done += sum(len(one.tokens) for one in stretch)
             if progress:
                 progress(min(done, planned), max(1, planned), since)
     total, *counts = runtime.sum_(sums).tolist()
     return Score(total, *map(int, counts))
+
+
+def add_up(scored: list[tuple[Tensor, Tensor]], target_bytes: Tensor) -> list:
+    """Return [nats, targets, bytes] of what counts among losses (B, S) at places (B, S)."""
+    sums = [(losses.double().masked_fill(places < 0, 0.0).sum(), (places >= 0).sum(),
+             (target_bytes[places.clamp_min(0)].long() & 0xFFFF).masked_fill(places < 0, 0).sum())
+            for losses, places in scored]
+    return [torch.stack(parts).sum().item() for parts in zip(*sums)]
 
 
 # == 10 Train =====================================================================================
@@ -3218,8 +3490,8 @@ class TrainState:
 
     model: GPT
     optimizers: Optimizers
-    average: Any  # an Average, once warm-up is over
-    layout: Layout
+    average: Any = None  # an Average, once warm-up is over
+    phase: int = 0
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -3232,10 +3504,10 @@ class TrainState:
         return found
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor], step: int, layout: Layout):
+    def load(self, tensors: dict[str, Tensor], step: int, phase: int):
         """Go on from what `tensors` gave."""
         bank, shadow = self.optimizers.bank, self.average.shadow
-        self.step, self.layout = step, layout
+        self.step, self.phase = step, phase
         for name, p in self.model.named_parameters():
             p.copy_(tensors[f"weight.{name}"])
             bank.view(shadow, p).copy_(tensors[f"average.{name}"])
@@ -3243,35 +3515,30 @@ class TrainState:
 
 
 class Trainer:
-    """The training loop and its warm-up. `validate(layout)` returns a Score, off the clock."""
+    """The training loop and its warm-up."""
 
     def __init__(self, state: TrainState, config: Config, runtime: Runtime, log: Log, clock: Clock):
         self.state, self.config, self.runtime = state, config, runtime
-        self.log, self.clock = log, clock
-        self.plain_layout, self.recurrent_layout = layouts_of(config)
+        self.log, self.clock, self.phases = log, clock, phases(config)
         self.micro = micro_batch_sequences(config, runtime.world_size)
         self.mean_loss = runtime.compile(state.model.mean_loss)
         self.token_losses = runtime.compile(state.model.token_losses)
-        # layout -> seconds of a step, from warm-up; 0: unknown
-        self.step_seconds = dict.fromkeys((self.plain_layout, self.recurrent_layout), 0.0)
+        self.step_seconds = [0.0] * len(self.phases)  # of each phase, from warm-up; 0: unknown
         self.grad_norm = torch.zeros((), device=runtime.device)
         self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
         self.saved_seconds, self.last_checkpoint = 0.0, "none"
 
-    def losses_of(self, layout: Layout):
-        """Return the evaluation function of `score` under one layout."""
-        return lambda tokens, targets: self.token_losses(tokens, targets, layout)
+    def losses_of(self, batch: Batch) -> Tensor:
+        """Return the nats of each target, as `score` asks for them, in the layout trained now."""
+        return self.token_losses(batch, self.phases[self.state.phase].layout)
 
-    def update(self, windows: Tensor, layout: Layout, rates: Rates) -> Tensor:
-        """Make one optimizer step on this rank's windows (B, T + 1); returns their mean loss.
-
-        The loss stays on the device.
-        """
-        optimizers, parts = self.state.optimizers, windows.split(self.micro)
+    def update(self, batch: Batch, layout: Layout, rates: Rates) -> Tensor:
+        """Make one optimizer step on this rank's rows; returns their mean loss, on the device."""
+        optimizers, parts = self.state.optimizers, batch.split(self.micro)
         optimizers.zero_grad()
         total = torch.zeros((), device=self.runtime.device)
         for part in parts:
-            loss = self.mean_loss(part[:, :-1].contiguous(), part[:, 1:].contiguous(), layout)
+            loss = self.mean_loss(part, layout)
             (loss / len(parts)).backward()
             total += loss.detach()
         self.grad_norm = optimizers.reduce_and_clip()
@@ -3280,73 +3547,70 @@ class Trainer:
         optimizers.step(rates)
         return total / len(parts)
 
-    def synthetic(self, sequences: int, seq_len: int) -> Tensor:
-        """Return random windows (sequences, seq_len + 1); data order and global RNG stay."""
+    def synthetic(self, sequences: int, seq_len: int) -> Batch:
+        """Return rows of random tokens; data order and global RNG stay."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.config.vocab_size, (sequences, seq_len + 1), generator=generator)
-        return ids.to(self.runtime.device)
+        return Batch.of_windows(ids.to(self.runtime.device))
 
     def warm_up(self):
-        """Compile every graph, time each layout's step on synthetic text, then undo all of it."""
+        """Compile every graph, time each phase's step on synthetic text, then undo all of it."""
         config, runtime, optimizers = self.config, self.runtime, self.state.optimizers
-        layouts = list(self.step_seconds)
         saved = {dtype: flat.clone() for dtype, flat in optimizers.bank.weights.items()}
-        windows = self.synthetic(config.step_windows // runtime.world_size, config.train_seq_len)
-        steps = max(config.warmup_steps, 2 * len(layouts))
-        for step, layout in zip(range(1, steps + 1), itertools.cycle(layouts)):
-            since = time.perf_counter()
-            self.update(windows, layout, schedule(config, 0, 0.0))
+        steps = max(config.warmup_steps, 2 * len(self.phases))
+        turns = itertools.cycle(enumerate(self.phases))
+        for step, (phase, (_, layout, seq_len)) in zip(range(1, steps + 1), turns):
+            batch = self.synthetic(config.step_windows // runtime.world_size, seq_len)
             runtime.synchronize()
-            self.step_seconds[layout] = runtime.agree(time.perf_counter() - since)
+            since = time.perf_counter()
+            self.update(batch, layout, schedule(config, 0, 0.0))
+            runtime.synchronize()
+            self.step_seconds[phase] = runtime.agree(time.perf_counter() - since)
             if step <= 6 or step % 10 == 0 or step == steps:
                 self.log.event("warmup_step", step=step, steps=steps)
         if runtime.compiles:  # the evaluation graphs too, in the shape that validation uses
-            windows = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
+            batch = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
             with torch.inference_mode():
-                for layout in layouts:
-                    self.token_losses(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(),
-                                      layout)
+                for phase in self.phases:
+                    self.token_losses(batch._replace(places=batch.targets), phase.layout)
         for dtype, flat in optimizers.bank.weights.items():
             flat.copy_(saved[dtype])
         optimizers.reset()
         optimizers.zero_grad()
         self.first_bad.fill_(-1)
 
-    def train(self, loader: Loader, budget_seconds: float, validate, checkpoint: Path):
+    def train(self, loader: Loader, budget_seconds: float, validation, checkpoint: Path):
         """Train until ITERATIONS, or until one more step would pass `budget_seconds` (0: none).
 
-        Raises Interrupted after a signal, once `checkpoint` is written, and ConfigError when the
-        gradients or the validation loss are not finite.
+        validation() returns the Score of the weights as they are. Raises Interrupted after a
+        signal, once `checkpoint` is written, and ConfigError when the gradients or the validation
+        loss are not finite.
         """
         state, config, clock, log = self.state, self.config, self.clock, self.log
-        every, iterations = config.val_loss_every, config.iterations
-        whole = budget_seconds or max(1, iterations)
+        every, whole = config.val_loss_every, budget_seconds or max(1, config.iterations)
         began, graphs = time.perf_counter(), self.runtime.compiled_graphs()
         self.saved_seconds = clock.training_seconds()  # above 0 when resumed
         pacer = Pacer(budget_seconds, self.saved_seconds)
-        pacer.expect(self.step_seconds[state.layout])
+        pacer.expect(self.step_seconds[state.phase])
         with without_gc(), clock.span("train"):
             while True:
-                elapsed = pacer.elapsed(lambda: self.read_clock(checkpoint))
+                if pacer.due():
+                    pacer.read(self.between_steps(checkpoint))
+                elapsed = pacer.elapsed()
                 progress = (elapsed if budget_seconds else state.step) / whole
-                rates = schedule(config, state.step, progress)
-                switches = rates.recurrent and state.layout != self.recurrent_layout
-                if switches:
-                    pacer.expect(self.step_seconds[self.recurrent_layout])
-                last = state.step >= iterations or not pacer.fits()
-                if switches and not last:  # else the score would be of an order never trained
-                    state.layout = self.recurrent_layout
-                    log.event("recurrence", step=state.step, order=list(state.layout.order))
+                if (phase := self.due_phase(progress)) != state.phase:
+                    pacer.expect(self.step_seconds[phase])
+                last = state.step >= config.iterations or not pacer.fits()
+                if phase != state.phase and not last:  # else an order never trained were scored
+                    state.phase = phase
+                    log.event("recurrence", step=state.step,
+                              order=list(self.phases[phase].layout.order))
                 if last or (every and state.step % every == 0):
-                    with clock.span("validation"):
-                        found = validate(state.layout)
-                    log.event("val", step=state.step, iterations=iterations, val_loss=found.loss,
-                              val_bpb=found.bpb, train_seconds=round(elapsed, 3))
-                    if not math.isfinite(found.loss):
-                        raise self.diverged("the validation loss is", state.step, lambda p: p)
+                    self.validate(validation, elapsed)
                 if last:
                     break
-                loss = self.update(loader.batch(state.step), state.layout, rates)
+                rates = schedule(config, state.step, progress)
+                loss = self.update(loader.batch(state.step), self.phases[phase].layout, rates)
                 state.average.update()
                 state.step += 1
                 log.progress("training", round(1000 * progress), 1000, began)
@@ -3354,12 +3618,31 @@ class Trainer:
         self.check_gradients()
         if recompiled := self.runtime.compiled_graphs() - graphs:
             log.event("recompiled", count=recompiled)
-        if state.step < iterations:
+        if state.step < config.iterations:
             log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(),
-                      step=state.step, iterations=iterations)
+                      step=state.step, iterations=config.iterations)
 
-    def read_clock(self, checkpoint: Path) -> float:
-        """Return all ranks' training clock; write a checkpoint where one is due or asked for."""
+    def due_phase(self, progress: float) -> int:
+        """Return the phase that this step belongs to; none is ever gone back to."""
+        begun = [i for i, phase in enumerate(self.phases)
+                 if phase.start.done(self.state.step, progress) == 1.0]
+        return max(self.state.phase, *begun)
+
+    def validate(self, validation, elapsed: float):
+        """Score the weights as they are, off the clock."""
+        with self.clock.span("validation"):
+            found = validation()
+        step = self.state.step
+        self.log.event("val", step=step, iterations=self.config.iterations, val_loss=found.loss,
+                       val_bpb=found.bpb, train_seconds=round(elapsed, 3))
+        if not math.isfinite(found.loss):
+            raise self.diverged("the validation loss is", step, lambda p: p)
+
+    def between_steps(self, checkpoint: Path) -> float:
+        """Return all ranks' training clock, having done what must not wait.
+
+        Writes `checkpoint` where one is due, or before it raises Interrupted after a signal.
+        """
         self.runtime.synchronize()
         signals = self.runtime.signals
         elapsed, number = self.runtime.agree(self.clock.training_seconds(), signals.number)
@@ -3375,8 +3658,8 @@ class Trainer:
         """Write everything that training changes, off the training clock."""
         state, self.saved_seconds = self.state, elapsed
         with self.clock.span("checkpoint"):
-            header = dict(kind="checkpoint", step=state.step, order=list(state.layout.order),
-                          training_seconds=elapsed)
+            header = dict(kind="checkpoint", step=state.step, training_seconds=elapsed,
+                          order=list(self.phases[state.phase].layout.order))
             try:
                 self.runtime.first(write_tensors, path, header, state.tensors())
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
@@ -3410,7 +3693,369 @@ class Trainer:
         self.log.event("train", step=step, iterations=config.iterations, train_loss=mean,
                        tokens_per_second=tokens / max(seconds, 1e-9), train_minutes=seconds / 60,
                        train_seconds=round(seconds, 3), tokens=tokens,
-                       grad_norm=self.grad_norm.item(), **dataclasses.asdict(rates))
+                       grad_norm=self.grad_norm.item(), recurrent=self.state.phase > 0,
+                       **dataclasses.asdict(rates))
+
+
+# == 11 Calibrate =================================================================================
+
+def module_of(model: GPT, name: str) -> nn.Module:
+    """Return the module of a weight or of a statistic of it ("inputs.", "fisher.", "outputs.")."""
+    path = name.removesuffix(".weight")
+    return model.get_submodule(re.sub("^(inputs|fisher|outputs)[.]", "", path))
+
+
+def collect_inputs(model: GPT, batch: Batch, layout: Layout, wanted) -> dict[str, Tensor]:
+    """Return the sum of x xT over all tokens, fp32, of what weights read; wanted: "inputs.NAME".
+
+    A layer that runs twice contributes both inputs. The tied table reads the final hidden state.
+    """
+    sums = {}
+
+    def add(name, x):
+        flat = x.detach().flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+        sums[name].addmm_(flat.T, flat)
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for name in wanted:
+            module = module_of(model, name)
+            if isinstance(module, Embedding):
+                hooks.enter_context(model.register_forward_hook(
+                    lambda *call, name=name: add(name, call[-1])))
+            else:
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: add(name, inputs[0])))
+        model(batch, layout)
+    return sums
+
+
+def outer(x: Tensor) -> Tensor:
+    """Return the sum of x xT (C, C), fp32, over all leading axes."""
+    flat = x.detach().flatten(0, -2).float()
+    return flat.T @ flat
+
+
+def watch_gradients(name: str, add, wanted):
+    """Return a forward hook of weight `name`'s module that adds what is wanted of it."""
+    def on_output(module, inputs, out):
+        def see(grad):
+            if isinstance(module, Embedding):
+                return add(f"inputs.{name}", outer(grad))
+            square = grad.detach().float().square()
+            mean = square.flatten(0, -2).mean(0).clamp_min(1e-30)
+            add(f"fisher.{name}", square.flatten(0, -2).sum(0))
+            weights = (square / mean).mean(-1, keepdim=True)
+            add(f"inputs.{name}", outer(inputs[0].float() * weights.sqrt()))
+            if f"outputs.{name}" in wanted:
+                add(f"outputs.{name}", outer(grad))
+        out.requires_grad_().register_hook(see)
+    return on_output
+
+
+def collect_fisher(model: GPT, batch: Batch, layout: Layout, wanted,
+                   seed: int) -> dict[str, Tensor]:
+    """Return sums over tokens of what quantisation errors cost, fp32, by weight.
+
+    wanted: names of statistics. Gradients g are of the loss on labels drawn from the model itself
+    (the true Fisher information). "fisher.": squared gradients of a matrix's outputs (R,); of the
+    head's, in closed form; how often a looked-up row is read. "inputs.": x xT (C, C), each token
+    weighted by its squared gradients over the batch's mean ones; of a table its outputs' g gT, and
+    of the tied one the head's x xT as well. "outputs.": g gT (R, R).
+    """
+    sums, counts = {}, Counter()
+    names = [name.removeprefix("fisher.") for name in wanted if name.startswith("fisher.")]
+
+    def add(name, value):
+        counts[name] += 1
+        sums[name] = sums[name] + value if name in sums else value
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(module_of(model, name).register_forward_hook(
+                watch_gradients(name, add, wanted)))
+        hooks.enter_context(model.register_forward_hook(
+            lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
+        hooks.callback(model.requires_grad_, True)
+        model.requires_grad_(False)  # gradients of activations alone are wanted
+        logits = model.logits(batch, layout).flatten(0, 1)
+        with torch.no_grad():
+            odds = logits.softmax(-1)
+            generator = torch.Generator(odds.device).manual_seed(seed)
+            labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
+            slope = 1 - (logits / model.softcap).square()
+            add("fisher.tok_emb.weight", (odds * (1 - odds) * slope.square()).sum(0))
+            if model.ve is not None:
+                read = torch.bincount(batch.tokens.flatten(), minlength=logits.shape[1])
+                add("fisher.ve.table.weight", read.float())
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+    # a layer that runs twice has both inputs in its Hessian: here the mean, lest both count twice
+    for name, count in counts.items():
+        if not name.startswith("inputs."):
+            sums[name] *= 1 / count
+    return sums
+
+
+class Calibration:
+    """What the step rule needs to know of the weights, from training windows, split over ranks."""
+
+    GRADIENT_TOKENS = 16_384  # of a backward at most: it holds several copies of the logits
+
+    def __init__(self, model: GPT, config: Config, runtime: Runtime):
+        self.model, self.config, self.runtime = model, config, runtime
+        rule, tokens = STEP_RULES[config.rule](config), config.micro_batch_tokens
+        self.gradients, self.wanted = rule.gradients, rule.statistics()
+        if rule.gradients:
+            tokens = min(tokens, self.GRADIENT_TOKENS)
+        self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
+        self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
+        self.batch_seconds = 0.0
+
+    def shares(self) -> list[tuple[int, int]]:
+        """Return (position in the training order, count) of each batch of this rank."""
+        size, total = self.sequences, self.config.calibration_windows
+        shares = [(at, min(size, total - at)) for at in range(0, total, size)]
+        if self.config.hessian_ranks == "all":  # consecutive windows
+            return shares[self.runtime.rank::self.runtime.world_size]
+        # PR #1471: rank 0's eighth of each of the first training batches, read by rank 0 alone
+        step = self.config.step_windows
+        return [(at // self.eighth * step + at % self.eighth, count) for at, count in shares
+                if self.runtime.rank == 0]
+
+    def batches(self) -> int:
+        """Return the most batches any rank reads."""
+        return int(self.runtime.agree(len(self.shares())))
+
+    def hessians(self) -> int:
+        """Return of how many weights the inputs are known in the end."""
+        return sum(name.startswith("inputs.") for name in self.wanted)
+
+    def collect(self, layout: Layout, batch: Batch, position: int) -> dict[str, Tensor]:
+        """Return the sums of one batch at a position of the training order."""
+        if self.gradients:
+            return collect_fisher(self.model, batch, layout, self.wanted,
+                                  self.config.seed + position)
+        return collect_inputs(self.model, batch, layout, self.wanted)
+
+    def measure(self, layout: Layout, batch: Batch):
+        """Time one batch of synthetic windows."""
+        for _ in range(2):  # the first one warms the library up
+            self.runtime.synchronize()
+            since = time.perf_counter()
+            self.collect(layout, batch, 0)
+            self.runtime.synchronize()
+            self.batch_seconds = self.runtime.agree(time.perf_counter() - since)
+
+    def reserve_seconds(self) -> float:
+        """Return the training time to keep: as measured, a fifth and a quarter second more."""
+        return max(self.config.gptq_reserve_seconds,
+                   1.2 * self.batches() * self.batch_seconds + 0.25)
+
+    def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
+        """Return means over the tokens of all ranks, within what the wallclock limit leaves."""
+        shares, planned, tokens = self.shares(), self.batches(), 0
+        limit, device = self.config.max_wallclock_seconds, self.runtime.device
+        sums = {name: torch.zeros(shape, device=device) for name, shape in self.wanted.items()}
+        for done in range(planned):
+            spent = self.runtime.agree(clock.training_seconds())
+            if limit and done and spent + 1.2 * self.batch_seconds > limit:
+                log.event("calibration_short", done=done, planned=planned)
+                break
+            if done < len(shares):
+                at, count = shares[done]
+                for name, value in self.collect(layout, loader.read(at, count), at).items():
+                    sums[name] += value
+                tokens += count * self.config.train_seq_len
+        total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
+        return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
+
+
+# == 11b Preflight: what is checked and told before a run ========================================
+
+class RunFiles:
+    """Where a run keeps its products; each stage meets the next one only here."""
+
+    def __init__(self, run_id: str):
+        self.run_id, self.folder = run_id, Path("runs", run_id)
+        self.weights = self.folder / "final_model.weights"
+        self.stats = self.folder / "final_model.stats"
+        self.artifact = self.folder / "final_model.int6.ptz"
+        self.scores = self.folder / "scores.json"
+        self.checkpoint = self.folder / "checkpoint"
+        self.identity = self.folder / "run.json"
+        self.events = self.folder / "events.jsonl"
+        self.text_log = Path("logs", f"{run_id}.txt")
+
+    def product(self, stage: str) -> Path:
+        """Return the file that says a stage has done its work."""
+        return getattr(self, STAGES[stage].writes[0])
+
+    def done(self, stage: str, config: Config) -> bool:
+        """Return whether a stage has left all it makes."""
+        return all(getattr(self, kind).exists() for kind in STAGES[stage].writes
+                   if kind != "stats" or config.gptq_enabled)
+
+    def source(self, config: Config, product: Path) -> Path:
+        """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
+        given = Path(config.input_path or self.folder)
+        return given if given.is_file() else given / product.name
+
+    def stage_input(self, config: Config) -> tuple[Path, str] | None:
+        """Return (file, kind) of what a lone later stage starts from."""
+        kind = STAGES[config.stage].reads if config.stage in STAGES else ""
+        return (self.source(config, getattr(self, kind)), kind) if kind else None
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run reads, taken once before it starts: nothing of it is read again."""
+
+    source: str  # this script's text
+    code_bytes: int
+    code_sha256: str
+    tokenizer_sha256: str = ""
+    text: Any = None  # Validation
+    shards: Any = None  # ShardSet of the training text
+    train_sha256: str = ""  # its fingerprint
+
+
+def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
+    """Return what this run reads and every fault of it, one line each."""
+    code = Path(__file__).read_bytes()
+    # a packed script runs from its unpacked text, while __file__ is the file that counts
+    source = Path(take_inputs.__code__.co_filename).read_text(encoding="utf-8")
+    inputs = Inputs(source, len(code), hashlib.sha256(code).hexdigest())
+    faults = data_faults(config)
+    if faults or not config.text or sentencepiece is None:
+        return inputs, faults
+    try:
+        tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
+        inputs = dataclasses.replace(inputs, text=load_validation(config),
+                                     tokenizer_sha256=tokenizer)
+        if "train" in config.text:
+            files = find_shards(config.shard_dir, "train")
+            shards = ShardSet(files, config.train_seq_len)
+            inputs = dataclasses.replace(inputs, shards=shards, train_sha256=fingerprint(files))
+            if not shards.num_windows:
+                faults.append(f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
+                              f"are less than one window of TRAIN_SEQ_LEN={config.train_seq_len}; "
+                              "lower it or bring more text")
+    except (ValueError, OSError) as error:
+        faults.append(str(error))
+    return inputs, faults
+
+
+def file_faults(config: Config, files: RunFiles) -> list[str]:
+    """Return missing inputs, products that would be overwritten, and a full or closed disk."""
+    faults, start = [], files.stage_input(config)
+    if start and not start[0].is_file():
+        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
+                      "to a run that has it")
+    elif start and start[1] == "weights" and config.gptq_enabled and not (
+            stats := start[0].with_name(files.stats.name)).is_file():
+        faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
+                      "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
+    made = [files.product(stage) for stage in STAGES
+            if config.runs(stage) and files.product(stage).exists()]
+    made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
+    if made and not config.resume:
+        faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
+                      "another RUN_ID, or go on with RESUME=1")
+    free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
+    if free < need:
+        faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; "
+                      "free some space")
+    if not os.access(".", os.W_OK):
+        faults.append(f"{Path.cwd()}: not writable, and logs/ and runs/ go here; start elsewhere")
+    return faults
+
+
+def identity(config: Config, inputs: Inputs) -> dict[str, str]:
+    """Return what all ranks, or a run and its resumption, must share: settings, code, data."""
+    found = {name.upper(): show_value(value) for name, value in config.public().items()}
+    found["train_gpt.py"] = inputs.code_sha256
+    if inputs.text:
+        found.update({"val shards": inputs.text.sha256, "tokenizer": inputs.tokenizer_sha256})
+    if inputs.shards:
+        found["train shards"] = inputs.train_sha256
+    return found
+
+
+def resume_faults(config: Config, files: RunFiles, inputs: Inputs) -> list[str]:
+    """Return what differs between this run and the one it would go on with."""
+    now = identity(config, inputs)
+    try:
+        before = json.loads(files.identity.read_bytes())
+        free = {name.upper() for name, f in KNOBS.items() if f.metadata["topic"] in ("run", "data")}
+        return [f"RESUME=1: {name} is {now[name]}, {files.folder} began with {before.get(name)}; "
+                "go on with what it began with, or choose another RUN_ID"
+                for name in now if name not in free and now[name] != before.get(name)]
+    except (ValueError, AttributeError, RecursionError) as error:
+        return [f"RESUME=1: {files.identity} is damaged ({error}); choose another RUN_ID"]
+
+
+def rank_faults(found: dict[str, str], runtime: Runtime) -> list[str]:
+    """Return in what settings, code or data the ranks' identities differ."""
+    first, *others = runtime.gather(found)
+    return [f"{name}: rank {rank} has {other.get(name)}, rank 0 has {value}; start every rank with "
+            "the same settings, code and data" for rank, other in enumerate(others, 1)
+            for name, value in first.items() if other.get(name) != value]
+
+
+def disk_need_bytes(config: Config) -> int:
+    """Return the bytes a run may write: weights, Hessians, a checkpoint twice, artifact, logs."""
+    need = 8 << 20
+    if config.runs("train"):
+        copies = 7 if config.checkpoint_every_seconds else 1
+        need += copies * 4 * count_parameters(config)
+        sizes = FisherSteps(config).statistics().values()
+        need += 4 * sum(map(math.prod, sizes)) * config.gptq_enabled
+    return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
+
+
+def package_faults(config: Config) -> list[str]:
+    """Return missing packages, and a coder that does not give back what it got."""
+    faults, sample = [], bytes(range(256)) * 8
+    if sentencepiece is None and config.text:
+        faults.append("sentencepiece is not installed: pip install sentencepiece")
+    if config.compressor == "brotli" and brotli is None:
+        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
+    try:
+        assert decompress(compress(sample, config.compressor), config.compressor, 2048) == sample
+    except Exception as error:  # a coder too old for bounded decompression, say
+        faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); "
+                      "pip install -U 'brotli>=1.2'")
+    return faults
+
+
+def device_faults(config: Config, runtime: Runtime) -> list[str]:
+    """Return faults between the settings, the number of ranks and the memory of a GPU."""
+    if not config.runs("train"):
+        return []
+    if config.step_windows % runtime.world_size:
+        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
+                f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
+                f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
+    if runtime.device.type == "cuda" and runtime.is_main:
+        have = torch.cuda.get_device_properties(runtime.device).total_memory
+        need = predict_peak_bytes(config, runtime)
+        if need > 1.3 * have:
+            return [f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
+                    f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it"]
+    return []
+
+
+def preflight(config: Config, runtime: Runtime, files: RunFiles) -> tuple[Inputs, list[str]]:
+    """Return what the run reads, and every fault, of all ranks, that would end the run later."""
+    inputs, data = take_inputs(config)
+    faults = package_faults(config) + device_faults(config, runtime) + data
+    if runtime.is_main:
+        faults += file_faults(config, files)
+        if config.resume and files.identity.exists() and not data:
+            faults += resume_faults(config, files, inputs)
+    every = list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
+    return inputs, every or rank_faults(identity(config, inputs), runtime)
 
 
 def forward_flops_per_token(config: Config, order: tuple[int, ...]) -> float:
@@ -3461,10 +4106,10 @@ def saved_activation_bytes(config: Config, sequences: int, dtype) -> int:
 
     with FakeTensorMode(), torch.device("cpu"):
         model = GPT(config, dtype=dtype)
-        tokens = torch.zeros(sequences, config.train_seq_len, dtype=torch.int64)
+        rows = torch.zeros(sequences, config.train_seq_len + 1, dtype=torch.int64)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.mean_loss(tokens, tokens, layouts_of(config)[1])
+            model.mean_loss(Batch.of_windows(rows), phases(config)[-1].layout)
     return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
 
 
@@ -3473,8 +4118,7 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
 
     0 where it cannot be told.
     """
-    embeds, matrices, controls = (sum(p.numel() for p in group)
-                                  for group in partition(meta_model(config)).values())
+    embeds, matrices, controls = (count_parameters(config, role) for role in Role)
     low, others = runtime.compute_dtype.itemsize, matrices + controls
     optimizer = 2 * low * embeds + 8 * controls + 4 * matrices / runtime.world_size
     # weights, gradients, the warm-up's copy; average; moments
@@ -3491,351 +4135,9 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
     return int(resident + state + 1.4 * activations)
 
 
-# == 11 Calibrate =================================================================================
-
-HEAD_INPUT = "head"  # the final normed hidden state, which the tied table reads as output head
-
-
-def collect_stats(model: GPT, layout: Layout, tokens_BT: Tensor,
-                  names: list[str]) -> dict[str, Tensor]:
-    """Return the sum of x xT over all tokens by observed module: raw sums of Hessians, fp32.
-
-    names: modules whose inputs are observed, or HEAD_INPUT for the final hidden state. A layer
-    that runs twice contributes both inputs.
-    """
-    sums = {}
-
-    def add(name, x):
-        flat = x.detach().flatten(0, -2).float()
-        if name not in sums:
-            sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-        sums[name].addmm_(flat.T, flat)
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:
-        for name in names:
-            if name != HEAD_INPUT:
-                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, inputs, name=name: add(name, inputs[0])))
-        hidden = model(tokens_BT, layout)
-        if HEAD_INPUT in names:
-            add(HEAD_INPUT, hidden)
-    return sums
-
-
-def outer(x: Tensor) -> Tensor:
-    """Return the sum of x xT (C, C), fp32, over all leading axes."""
-    flat = x.detach().flatten(0, -2).float()
-    return flat.T @ flat
-
-
-def watch_gradients(name: str, add, wanted):
-    """Return a forward hook of weight `name`'s module that adds what is wanted of it."""
-    def on_output(module, inputs, out):
-        def see(grad):
-            if isinstance(module, Embedding):
-                return add(f"inputs.{name}", outer(grad))
-            square = grad.detach().float().square()
-            mean = square.flatten(0, -2).mean(0).clamp_min(1e-30)
-            add(f"fisher.{name}", square.flatten(0, -2).sum(0))
-            weights = (square / mean).mean(-1, keepdim=True)
-            add(f"inputs.{name}", outer(inputs[0].float() * weights.sqrt()))
-            if f"outputs.{name}" in wanted:
-                add(f"outputs.{name}", outer(grad))
-        out.requires_grad_().register_hook(see)
-    return on_output
-
-
-def collect_fisher(model: GPT, layout: Layout, tokens_BT: Tensor, names: list[str],
-                   seed: int) -> dict[str, Tensor]:
-    """Return sums over tokens of what quantisation errors cost, fp32, by weight.
-
-    names: weights. Gradients g are of the loss on labels drawn from the model itself (the true
-    Fisher information). "fisher.": squared gradients of a matrix's outputs (R,); of the head's, in
-    closed form; how often a looked-up row is read. "inputs.": x xT (C, C), each token weighted by
-    its squared gradients over the batch's mean ones; of a table its outputs' g gT, and of the tied
-    one the head's x xT as well. "outputs.": g gT (R, R) of matrices no higher than wide.
-    """
-    sums, counts, wanted = {}, Counter(), stats_shapes(model, names)
-
-    def add(name, value):
-        counts[name] += 1
-        sums[name] = sums[name] + value if name in sums else value
-
-    with contextlib.ExitStack() as hooks:
-        for name in names:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            hooks.enter_context(module.register_forward_hook(watch_gradients(name, add, wanted)))
-        hooks.enter_context(model.register_forward_hook(
-            lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
-        hooks.callback(model.requires_grad_, True)
-        model.requires_grad_(False)  # gradients of activations alone are wanted
-        logits = model.logits(tokens_BT, layout).flatten(0, 1)
-        with torch.no_grad():
-            odds = logits.softmax(-1)
-            generator = torch.Generator(odds.device).manual_seed(seed)
-            labels = torch.multinomial(odds, 1, generator=generator)[:, 0]
-            slope = 1 - (logits / model.softcap).square()
-            add("fisher.tok_emb.weight", (odds * (1 - odds) * slope.square()).sum(0))
-            if model.ve is not None:
-                read = torch.bincount(tokens_BT.flatten(), minlength=logits.shape[1])
-                add("fisher.ve.table.weight", read.float())
-        F.cross_entropy(logits, labels, reduction="sum").backward()
-    # a layer that runs twice has both inputs in its Hessian: here the mean, lest both count twice
-    for name, count in counts.items():
-        if not name.startswith("inputs."):
-            sums[name] *= 1 / count
-    return sums
-
-
-class Calibration:
-    """What quantisation needs to know of the weights, from training windows, split over ranks.
-
-    Hessians of all inputs that GPTQ's matrices read; under STEP_RULE=fisher what `collect_fisher`
-    says of each weight.
-    """
-
-    FISHER_TOKENS = 16_384  # of a backward at most: it holds several copies of the logits
-
-    def __init__(self, model: GPT, config: Config, runtime: Runtime):
-        self.model, self.config, self.runtime = model, config, runtime
-        storage, tokens = plan_storage(model, config), config.micro_batch_tokens
-        self.readers, self.fisher_names = {}, []  # one of them stays empty
-        if config.fisher_steps:
-            self.fisher_names = [name for name, kind in storage.items() if kind in ("int6", "int8")]
-            tokens = min(tokens, self.FISHER_TOKENS)
-        else:
-            self.readers = {name: kept for name, readers in model.input_groups().items() if (
-                kept := [reader for reader in readers if storage[reader] == "int6"])}
-            if config.embed_gptq:
-                self.readers[HEAD_INPUT] = ["tok_emb.weight"]
-        self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
-        self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
-        self.batch_seconds = 0.0
-
-    def shares(self) -> list[tuple[int, int]]:
-        """Return (position in the training order, count) of each batch of this rank."""
-        size, total = self.sequences, self.config.calibration_windows
-        shares = [(at, min(size, total - at)) for at in range(0, total, size)]
-        if self.config.hessian_ranks == "all":  # consecutive windows
-            return shares[self.runtime.rank::self.runtime.world_size]
-        # PR #1471: rank 0's eighth of each of the first training batches, read by rank 0 alone
-        step = self.config.step_windows
-        return [(at // self.eighth * step + at % self.eighth, count) for at, count in shares
-                if self.runtime.rank == 0]
-
-    def batches(self) -> int:
-        """Return the most batches any rank reads."""
-        return int(self.runtime.agree(len(self.shares())))
-
-    def hessians(self) -> int:
-        """Return of how many weights the inputs are known in the end."""
-        return len(self.fisher_names) + sum(map(len, self.readers.values()))
-
-    def collect(self, layout: Layout, windows: Tensor, position: int) -> dict[str, Tensor]:
-        """Return the sums of one batch of windows (B, T + 1) at a position."""
-        tokens_BT = windows[:, :-1]
-        if self.fisher_names:
-            return collect_fisher(self.model, layout, tokens_BT, self.fisher_names,
-                                  self.config.seed + position)
-        return collect_stats(self.model, layout, tokens_BT, list(self.readers))
-
-    def measure(self, layout: Layout, windows: Tensor):
-        """Time one batch of synthetic windows (B, T + 1)."""
-        for _ in range(2):  # the first one warms the library up
-            self.runtime.synchronize()
-            since = time.perf_counter()
-            self.collect(layout, windows, 0)
-            self.runtime.synchronize()
-            self.batch_seconds = self.runtime.agree(time.perf_counter() - since)
-
-    def reserve_seconds(self) -> float:
-        """Return the training time to keep: as measured, a fifth and a quarter second more."""
-        return max(self.config.gptq_reserve_seconds,
-                   1.2 * self.batches() * self.batch_seconds + 0.25)
-
-    def empty_sums(self) -> dict[str, Tensor]:
-        """Return zeros for all that is collected, in one order of names on each rank."""
-        sizes = stats_shapes(self.model, self.fisher_names)
-        for name, readers in self.readers.items():
-            sizes[name] = 2 * self.model.get_parameter(readers[0]).shape[1:]
-        return {name: torch.zeros(size, device=self.runtime.device) for name, size in sizes.items()}
-
-    def run(self, layout: Layout, loader: Loader, clock: Clock, log: Log) -> dict[str, Tensor]:
-        """Return means over the tokens of all ranks, within what the wallclock limit leaves."""
-        shares, planned, sums, tokens = self.shares(), self.batches(), self.empty_sums(), 0
-        limit = self.config.max_wallclock_seconds
-        for done in range(planned):
-            spent = self.runtime.agree(clock.training_seconds())
-            if limit and done and spent + 1.2 * self.batch_seconds > limit:
-                log.event("calibration_short", done=done, planned=planned)
-                break
-            if done < len(shares):
-                at, count = shares[done]
-                for name, value in self.collect(layout, loader.read(at, count), at).items():
-                    sums[name] += value
-                tokens += count * self.config.train_seq_len
-        total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
-        return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
-
-
-# == 11b Preflight: what is checked and told before a run ========================================
-
-class RunFiles:
-    """Where a run keeps its products; each stage meets the next one only here."""
-
-    def __init__(self, run_id: str):
-        self.run_id, self.folder = run_id, Path("runs", run_id)
-        self.weights = self.folder / "final_model.weights"
-        self.stats = self.folder / "final_model.stats"
-        self.artifact = self.folder / "final_model.int6.ptz"
-        self.scores = self.folder / "scores.json"
-        self.checkpoint = self.folder / "checkpoint"
-        self.identity = self.folder / "run.json"
-        self.events = self.folder / "events.jsonl"
-        self.text_log = Path("logs", f"{run_id}.txt")
-        self.products = dict(zip(STAGES, (self.weights, self.artifact, self.scores)))
-
-    def done(self, stage: str, config: Config) -> bool:
-        """Return whether a stage has left all it makes."""
-        lacking = stage == "train" and config.gptq_enabled and not self.stats.exists()
-        return self.products[stage].exists() and not lacking
-
-    def source(self, config: Config, product: Path) -> Path:
-        """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
-        given = Path(config.input_path or self.folder)
-        return given if given.is_file() else given / product.name
-
-    def stage_input(self, config: Config) -> tuple[Path, str] | None:
-        """Return (file, kind) of what a lone later stage starts from."""
-        kind = {"quantize": "weights", "evaluate": "artifact"}.get(config.stage)
-        return (self.source(config, getattr(self, kind)), kind) if kind else None
-
-
-def code_bytes() -> int:
-    return Path(__file__).stat().st_size
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def file_faults(config: Config, files: RunFiles) -> list[str]:
-    """Return missing inputs, products that would be overwritten, and a full or closed disk."""
-    faults, start = [], files.stage_input(config)
-    if start and not start[0].is_file():
-        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
-                      "to a run that has it")
-    elif start and config.stage == "quantize" and config.gptq_enabled and not (
-            stats := start[0].with_name(files.stats.name)).is_file():
-        faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
-                      "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
-    made = [path for stage, path in files.products.items()
-            if config.runs(stage) and path.exists()]
-    made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
-    if made and not config.resume:
-        faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
-                      "another RUN_ID, or go on with RESUME=1")
-    elif config.resume and files.identity.exists():
-        faults += resume_faults(config, files)
-    free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
-    if free < need:
-        faults.append(f"disk: {free >> 20} MiB free here, this run writes up to {need >> 20} MiB; "
-                      "free some space")
-    if not os.access(".", os.W_OK):
-        faults.append(f"{Path.cwd()}: not writable, and logs/ and runs/ go here; start elsewhere")
-    return faults
-
-
-def identity(config: Config) -> dict[str, str]:
-    """Return what all ranks, or a run and its resumption, must share: settings, code, data."""
-    found = {name.upper(): show_value(value) for name, value in config.public().items()}
-    found["train_gpt.py"] = file_sha256(Path(__file__))
-    for split in ("train", "val") if config.stage != "quantize" else ():
-        found[f"{split} shards"] = fingerprint(find_shards(config.shard_dir, split))
-    if config.tokenizer_file.is_file():
-        found["tokenizer"] = file_sha256(config.tokenizer_file)
-    return found
-
-
-def resume_faults(config: Config, files: RunFiles) -> list[str]:
-    """Return what differs between this run and the one it would go on with."""
-    try:
-        now = identity(config)
-    except (ValueError, OSError):
-        return []  # a damaged shard, which `data_faults` names
-    try:
-        before = json.loads(files.identity.read_bytes())
-        free = {name.upper() for name, f in KNOBS.items() if f.metadata["topic"] in ("run", "data")}
-        return [f"RESUME=1: {name} is {now[name]}, {files.folder} began with {before.get(name)}; "
-                "go on with what it began with, or choose another RUN_ID"
-                for name in now if name not in free and now[name] != before.get(name)]
-    except (ValueError, AttributeError, RecursionError) as error:
-        return [f"RESUME=1: {files.identity} is damaged ({error}); choose another RUN_ID"]
-
-
-def rank_faults(config: Config, runtime: Runtime) -> list[str]:
-    """Return in what settings, code or data the ranks differ."""
-    first, *others = runtime.gather(identity(config))
-    return [f"{name}: rank {rank} has {other.get(name)}, rank 0 has {value}; start every rank with "
-            "the same settings, code and data" for rank, other in enumerate(others, 1)
-            for name, value in first.items() if other.get(name) != value]
-
-
-def disk_need_bytes(config: Config) -> int:
-    """Return the bytes a run may write: weights, Hessians, a checkpoint twice, artifact, logs."""
-    model, need = meta_model(config), 8 << 20
-    if config.runs("train"):
-        copies = 7 if config.checkpoint_every_seconds else 1
-        need += copies * sum(4 * p.numel() for p in model.parameters())
-        coded = [n for n, kind in plan_storage(model, config).items() if kind in ("int6", "int8")]
-        need += 4 * sum(map(math.prod, stats_shapes(model, coded).values())) * config.gptq_enabled
-    return need + (config.artifact_max_bytes if config.runs("quantize") else 0)
-
-
-def package_faults(config: Config) -> list[str]:
-    """Return missing packages, and a coder that does not give back what it got."""
-    faults, sample = [], bytes(range(256)) * 8
-    if sentencepiece is None and config.stage != "quantize":
-        faults.append("sentencepiece is not installed: pip install sentencepiece")
-    if config.compressor == "brotli" and brotli is None:
-        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
-    try:
-        assert decompress(compress(sample, config.compressor), config.compressor, 2048) == sample
-    except Exception as error:  # a coder too old for bounded decompression, say
-        faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); "
-                      "pip install -U 'brotli>=1.2'")
-    return faults
-
-
-def device_faults(config: Config, runtime: Runtime) -> list[str]:
-    """Return faults between the settings, the number of ranks and the memory of a GPU."""
-    if not config.runs("train"):
-        return []
-    if config.step_windows % runtime.world_size:
-        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
-                f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
-                f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
-    if runtime.device.type == "cuda" and runtime.is_main:
-        have = torch.cuda.get_device_properties(runtime.device).total_memory
-        need = predict_peak_bytes(config, runtime)
-        if need > 1.3 * have:
-            return [f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
-                    f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it"]
-    return []
-
-
-def preflight(config: Config, runtime: Runtime, files: RunFiles) -> list[str]:
-    """Return every fault, of all ranks together, that would end the run later."""
-    faults = package_faults(config) + device_faults(config, runtime) + data_faults(config)
-    if runtime.is_main:
-        faults += file_faults(config, files)
-    every = list(dict.fromkeys(fault for found in runtime.gather(faults) for fault in found))
-    return every or rank_faults(config, runtime)
-
-
-def predict(config: Config, runtime: Runtime) -> dict:
+def predict(config: Config, runtime: Runtime, code_bytes: int) -> dict:
     """Return what can be told before a run, without data; `text_report` says it in a line."""
-    parameters = sum(p.numel() for p in meta_model(config).parameters())
+    parameters = count_parameters(config)
     report: dict[str, Any] = dict(parameters=parameters)
     parts = [f"{parameters} parameters"]
     if config.runs("train"):
@@ -3846,7 +4148,7 @@ def predict(config: Config, runtime: Runtime) -> dict:
         parts += [f"{steps} steps of about {1000 * seconds:.0f} ms ({rule})",
                   f"peak memory about {peak_mib} MiB on {runtime.device.type}"]
     if config.runs("quantize"):
-        total, remark = predict_artifact_bytes(config, code_bytes())
+        total, remark = predict_artifact_bytes(config, code_bytes)
         report.update(total_bytes=total)
         parts.append(f"code + artifact about {total} of {config.artifact_max_bytes} bytes: "
                      f"{remark}")
@@ -3858,7 +4160,6 @@ def predict(config: Config, runtime: Runtime) -> dict:
 TRAIN_LIMIT_SECONDS, EVAL_LIMIT_SECONDS = 600, 600  # the challenge's rules
 
 
-
 @dataclass(frozen=True)
 class Session:
     """What every stage needs."""
@@ -3868,12 +4169,13 @@ class Session:
     log: Log
     clock: Clock
     files: RunFiles
-    attend: object = attention_sdpa
+    inputs: Inputs
+    attend: Any = attention_sdpa
     backend: str = "sdpa"
 
-    def build_model(self) -> GPT:
+    def build_model(self, attend=None, train_len: int | None = None) -> GPT:
         with torch.device(self.runtime.device):
-            return GPT(self.config, self.attend, self.runtime.compute_dtype)
+            return GPT(self.config, attend or self.attend, self.runtime.compute_dtype, train_len)
 
     def build_stream_model(self, weights: GPT) -> GPT:
         """Return a model of the same weights that reads any length, EVAL_SEQ_LEN tokens back."""
@@ -3881,8 +4183,8 @@ class Session:
         flash = find_fa3() if self.backend == "fa3" else None
         attend = (fa3_attention(flash, window_size=(window - 1, 0)) if flash
                   else windowed_attention(window))
-        model = dataclasses.replace(self, attend=attend).build_model()
-        model.rotary["train_len"] = window * self.config.stream_windows  # distances stay short
+        # no rotation slows down: distances stay short
+        model = self.build_model(attend, window * self.config.stream_windows)
         model.load_state_dict(weights.state_dict())
         return model
 
@@ -3890,9 +4192,8 @@ class Session:
 def log_head(session: Session, env, report: dict):
     """Log source, versions, hardware and configuration: what repeating the run needs."""
     config, runtime, log = session.config, session.runtime, session.log
-    # a packed script runs from its unpacked text, while __file__ is the file that counts
-    source = Path(log_head.__code__.co_filename).read_text(encoding="utf-8")
-    log.event("source", console=False, text_source=source, sha256=file_sha256(Path(__file__)))
+    log.event("source", console=False, text_source=session.inputs.source,
+              sha256=session.inputs.code_sha256)
     facts = runtime.describe()
     smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
     table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
@@ -3909,9 +4210,10 @@ def log_head(session: Session, env, report: dict):
     log.event("preflight", **report)
 
 
-def describe_data(session: Session, text: Validation):
+def describe_data(session: Session):
     """Log what is scored and by which bytes."""
-    scored, log = len(text.target_bytes), session.log
+    text, log = session.inputs.text, session.log
+    scored = len(text.target_bytes)
     log.event("val_data", scored_tokens=scored)
     log.event("val_name", name=text.name)
     log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
@@ -3919,53 +4221,51 @@ def describe_data(session: Session, text: Validation):
               table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
 
 
-def timed_score(session: Session, kind: str, losses_of, text: Validation, windows,
-                journal=None) -> Score:
-    """Score a text and log it as event `kind` with its time. windows: as `score` takes them."""
+def timed_score(session: Session, kind: str, losses_of, windows, journal=None) -> Score:
+    """Score the text and log it as event `kind` with its time. windows: as `score` takes them."""
     log, since = session.log, time.perf_counter()
-    found = score(losses_of, text, windows, session.runtime,
+    found = score(losses_of, session.inputs.text, windows, session.runtime,
                   lambda done, total, began: log.progress(kind, done, total, began), journal)
     log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
               eval_ms=1000 * (time.perf_counter() - since))
     return found
 
 
-def describe_recurrence(session: Session, trainer: Trainer, budget: float):
+def describe_phases(session: Session, trainer: Trainer, budget: float):
     """Say when the recurrent order starts, or that it never can."""
-    config, step_seconds = session.config, trainer.step_seconds[trainer.plain_layout]
-    steps = config.iterations
+    steps, step_seconds = session.config.iterations, trainer.step_seconds[0]
     if budget and step_seconds:
         steps = min(steps, int(budget / step_seconds))
-    if config.recur_start_frac is not None:
-        never, when = config.recur_start_frac >= 1, f"at {config.recur_start_frac:g} of the run"
-    else:
-        start = config.recur_start_step
-        never, when = start >= steps, f"at step {start} of about {steps}"
-    if never:
-        when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
-    session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
-                      order=list(trainer.recurrent_layout.order))
+    for (start, frac), layout, _ in trainer.phases[1:]:
+        if frac is not None:
+            never, when = frac >= 1, f"at {frac:g} of the run"
+        else:
+            never, when = start >= steps, f"at step {start} of about {steps}"
+        if never:
+            when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
+        session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
+                          order=list(layout.order))
 
 
 def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
                       size: int) -> dict:
     """Log sizes, steps and bits of a written artifact and return them."""
-    log, specs, total = session.log, quantizer.specs, size + code_bytes()
+    log, specs, code_bytes = session.log, quantizer.specs, session.inputs.code_bytes
+    total = size + code_bytes
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
     if config.search_k and unused < 0:
         log.event("overfull", over_bytes=-unused,
                   parameters=fitting_parameters(config, size, unused + size))
-    bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, "int6"),
-                                embed_bits=quantizer.bits(multiplier, "int8"))
-    log.event("bits", multiplier=multiplier, k=multiplier * specs["int6"].k,
-              k_embed=multiplier * specs["int8"].k,
-              rule="fisher" if config.fisher_steps else "sdclip", **bits)
+    bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, INT6),
+                                embed_bits=quantizer.bits(multiplier, INT8))
+    log.event("bits", multiplier=multiplier, k=multiplier * specs[INT6].k,
+              k_embed=multiplier * specs[INT8].k, rule=config.rule, **bits)
     log.event("artifact", compressor=config.compressor, bytes=size,
               path=str(session.files.artifact))
     log.event("total_size", compressor=config.compressor, bytes=total)
-    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes(),
+    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes,
                 total_bytes=total, **bits)
 
 
@@ -3997,14 +4297,12 @@ def close_run(session: Session, facts: dict):
 def train_stage(session: Session) -> dict:
     """Train, average, calibrate; write weights, then statistics. Returns facts for the result."""
     config, runtime, log, clock = session.config, session.runtime, session.log, session.clock
-    files, facts = session.files, {}
+    files, inputs, facts = session.files, session.inputs, {}
     with clock.span("setup"):
-        text = load_validation(config)
-        train_files = find_shards(config.shard_dir, "train")
-        shards, train_sha256 = ShardSet(train_files, config.train_seq_len), fingerprint(train_files)
+        shards = inputs.shards
         log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens,
-                  windows=shards.num_windows, sha256=train_sha256)
-        describe_data(session, text)
+                  windows=shards.num_windows, sha256=inputs.train_sha256)
+        describe_data(session)
         trainer = start_training(session)
         state, loader = trainer.state, Loader(shards, config, runtime)
         calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
@@ -4014,17 +4312,18 @@ def train_stage(session: Session) -> dict:
     trained = config.resume and resume_training(session, trainer, facts)
     if not trained:
         runtime.signals.deferred = True
-        trainer.train(loader, budget, lambda layout: score(
-            trainer.losses_of(layout), text, config.whole_windows, runtime), files.checkpoint)
+        trainer.train(loader, budget, lambda: score(
+            trainer.losses_of, inputs.text, config.whole_windows, runtime), files.checkpoint)
         log.event("ema")
         state.average.apply()
-    header = dict(config=artifact_config(config), order=list(state.layout.order), steps=state.step,
-                  tokenizer_sha256=file_sha256(config.tokenizer_file), train_sha256=train_sha256)
+    layout = trainer.phases[state.phase].layout
+    header = dict(config=artifact_config(config), order=list(layout.order), steps=state.step,
+                  tokenizer_sha256=inputs.tokenizer_sha256, train_sha256=inputs.train_sha256)
     if not trained:
         save_weights(session, state, header)
     runtime.signals.release()
     if calibration:
-        calibrate(session, calibration, state.layout, loader, header)
+        calibrate(session, calibration, layout, loader, header)
     loader.close()
     facts.update(steps=state.step)
     if not trained:  # else the seconds before the interruption are not known
@@ -4034,8 +4333,7 @@ def train_stage(session: Session) -> dict:
         if config.prequant_sliding:
             kinds["prequant_sliding"] = config.sliding_windows
         for kind, windows in kinds.items():
-            losses_of = trainer.losses_of(state.layout)
-            facts[f"{kind}_bpb"] = timed_score(session, kind, losses_of, text, windows).bpb
+            facts[f"{kind}_bpb"] = timed_score(session, kind, trainer.losses_of, windows).bpb
     return facts
 
 
@@ -4047,15 +4345,15 @@ def save_weights(session: Session, state: TrainState, header: dict):
         averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
         size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), averaged)
         log.event("weights", bytes=size)
-        log.event("code_size", bytes=code_bytes())
+        log.event("code_size", bytes=session.inputs.code_bytes)
         runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
 
 
-def layout_of(header: dict, config: Config, origin) -> Layout:
-    """Return the layout a file was made in; ContainerError where its settings give no such."""
-    for layout in layouts_of(config):
-        if list(layout.order) == header["order"]:
-            return layout
+def phase_of(header: dict, config: Config, origin) -> int:
+    """Return the phase a file was made in; ContainerError where its settings give no such."""
+    orders = [list(phase.layout.order) for phase in phases(config)]
+    if header["order"] in orders:
+        return orders.index(header["order"])
     raise ContainerError(f"{origin}: layer order {header['order'][:99]} is not one its settings "
                          "give; make the file again")
 
@@ -4070,14 +4368,14 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
     # every rank reads rank 0's bytes
     header, tensors = open_container(runtime.first(path.read_bytes), kind, path)
     step = header["steps" if trained else "step"]
-    layout = layout_of(header, session.config, path)
+    phase = phase_of(header, session.config, path)
     try:
         if trained:
             check_tensors(tensors, weight_forms(session.config), path)
-            state.step, state.layout = step, layout
+            state.step, state.phase = step, phase
             state.model.load_state_dict(tensors)
         else:
-            state.load(tensors, step, layout)
+            state.load(tensors, step, phase)
     except (KeyError, RuntimeError) as error:
         raise ContainerError(f"{path}: does not fit this model ({error})") from None
     if not trained:
@@ -4097,8 +4395,8 @@ def start_training(session: Session) -> Trainer:
     log.event("parameters", count=sum(p.numel() for p in model.parameters()))
     log.event("optimizer", matrices=len(groups[Role.MATRIX]), embeddings=len(groups[Role.EMBED]),
               controls=len(groups[Role.CONTROL]))
-    state = TrainState(model, Optimizers(model, config, runtime), None, layouts_of(config)[0])
-    return Trainer(state, config, runtime, log, session.clock)
+    return Trainer(TrainState(model, Optimizers(model, config, runtime)), config, runtime, log,
+                   session.clock)
 
 
 def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float:
@@ -4107,8 +4405,8 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
     if config.warmup_steps:
         trainer.warm_up()
     if budget and calibration:
-        windows = trainer.synthetic(calibration.sequences, config.train_seq_len)
-        calibration.measure(trainer.recurrent_layout, windows)
+        batch = trainer.synthetic(calibration.sequences, config.train_seq_len)
+        calibration.measure(trainer.phases[-1].layout, batch)
         reserve = calibration.reserve_seconds()
         log.event("reserve_measured", batch_seconds=calibration.batch_seconds,
                   batches=calibration.batches(), reserve_seconds=reserve)
@@ -4118,8 +4416,7 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
                                f"alone needs {reserve:.1f} s; raise it or lower "
                                "GPTQ_CALIBRATION_BATCHES"])
         log.event("reserve", reserve_seconds=reserve, effective_ms=1000 * budget)
-    if trainer.plain_layout != trainer.recurrent_layout:
-        describe_recurrence(session, trainer, budget)
+    describe_phases(session, trainer, budget)
     return budget
 
 
@@ -4132,14 +4429,14 @@ def calibrate(session: Session, calibration, layout: Layout, loader: Loader, hea
     log.event("collected", hessians=calibration.hessians(),
               seconds=clock.training_seconds() - before)
     with clock.span("write"):
-        header = dict(header, kind="stats", readers=calibration.readers)
-        session.runtime.first(write_tensors, session.files.stats, header, hessians)
+        session.runtime.first(write_tensors, session.files.stats, dict(header, kind="stats"),
+                              hessians)
 
 
 def quantize_stage(session: Session) -> dict:
     """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
-    torch.set_float32_matmul_precision("highest")  # GPTQ's error feedback needs all of fp32
-    with session.clock.span("quantize"):
+    # GPTQ's error feedback needs all of fp32
+    with session.clock.span("quantize"), matmul_precision("highest"):
         return session.runtime.first(quantize_files, session)
 
 
@@ -4154,35 +4451,15 @@ def quantize_files(session: Session) -> dict:
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower "
                          "the learning rates")
-    known, means = Sensitivity({}, {}), {}
-    if config.gptq_enabled:
-        stats, means = read_tensors(origin := source.with_name(files.stats.name), "stats")
-        try:
-            known = sensitivity_of(means, stats["readers"], weights)
-            fit = all(h.shape == 2 * weights[name].shape[1:] for name, h in known.hessians.items())
-            fit &= all(f.shape == weights[name].shape[:1] for name, f in known.fisher.items())
-            fit &= all(o.shape == 2 * weights[name].shape[:1] for name, o in known.outputs.items())
-        except (KeyError, TypeError, RuntimeError):
-            fit = False
-        if not fit:
-            raise ContainerError(f"{origin}: does not fit the weights of {source}; calibrate again")
-    specs, model = quant_specs(config), meta_model(config)
-    coded = {name: kind for name, kind in plan_storage(model, config).items() if kind in specs}
-    missing = [name for name, kind in coded.items()
-               if specs[kind].gptq and name not in known.hessians]
-    if config.fisher_steps:
-        missing += [name for name in stats_shapes(model, coded) if name not in means]
-    if missing:
-        raise ConfigError([f"{source}: its statistics lack {', '.join(missing[:3])}: they are made "
-                           "with another version, STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use "
-                           "those or calibrate"])
+    origin = source.with_name(files.stats.name)
+    known = calibration_of(config, origin) if config.gptq_enabled else {}
     quantizer = Quantizer(weights, known, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
     log.event("quantized", gptq=len(quantizer.gptq_names), rounded=0)
     head = dict(kind="artifact", config=artifact_config(config), order=header["order"],
                 tokenizer_sha256=header["tokenizer_sha256"], train_sha256=header["train_sha256"])
-    limit = config.artifact_max_bytes - code_bytes()
+    limit = config.artifact_max_bytes - session.inputs.code_bytes
 
     def report(multiplier, estimate, packed_bytes):
         log.event("search", multiplier=multiplier, estimated_bytes=int(estimate),
@@ -4191,6 +4468,20 @@ def quantize_files(session: Session) -> dict:
     multiplier, packed = fit_artifact(quantizer, head, limit, report)
     write_file(files.artifact, packed)
     return describe_artifact(session, config, quantizer, multiplier, len(packed))
+
+
+def calibration_of(config: Config, origin: Path) -> dict[str, Tensor]:
+    """Return the statistics in a file; raises ConfigError unless they serve the step rule."""
+    _, means = read_tensors(origin, "stats")
+    if lacking := [name for name in STEP_RULES[config.rule](config).statistics()
+                   if name not in means]:
+        raise ConfigError([f"{origin}: lacks {', '.join(lacking[:3])}: made with another version, "
+                           "STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use those or calibrate"])
+    # those of steps by sensitivity are all there are; they serve the other rules as well
+    every = FisherSteps(config).statistics()
+    check_tensors(means, {name: (shape, torch.float32) for name, shape in every.items()
+                          if name in means}, origin)
+    return means
 
 
 def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
@@ -4202,7 +4493,7 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     data = session.runtime.first(source.read_bytes)
     header, tensors = open_container(data, "artifact", source)
     config = adopt(session.config, header, "evaluate", source)
-    if file_sha256(config.tokenizer_file) != header["tokenizer_sha256"]:
+    if session.inputs.tokenizer_sha256 != header["tokenizer_sha256"]:
         raise ConfigError([f"TOKENIZER_PATH={config.tokenizer_file}: not the tokenizer that "
                            f"{source} was trained with; set TOKENIZER_PATH to that one"])
     session = dataclasses.replace(session, config=config)
@@ -4210,7 +4501,7 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     state = restore_weights(header, tensors, config, source)
     model = session.build_model()
     model.load_state_dict(state)
-    layout = layout_of(header, config, source)
+    layout = phases(config)[phase_of(header, config, source)].layout
     return session, model, layout, hashlib.sha256(data).hexdigest()
 
 
@@ -4219,9 +4510,9 @@ def evaluate_stage(session: Session) -> dict:
     runtime, clock, scores = session.runtime, session.clock, {}
     with clock.span("setup"):
         session, model, layout, digest = load_artifact(session)
-        config, text = session.config, load_validation(session.config)
+        config, text = session.config, session.inputs.text
         if config.stage == "evaluate":
-            describe_data(session, text)
+            describe_data(session)
     losses = runtime.compile(model.token_losses)
     kinds = {"roundtrip": (losses, config.whole_windows)}
     if config.sliding_window_enabled:
@@ -4233,9 +4524,9 @@ def evaluate_stage(session: Session) -> dict:
     path.parent.mkdir(parents=True, exist_ok=True)
     with clock.span("evaluate"):
         for kind, (losses, windows) in kinds.items():
-            task = f"{kind} {digest} {text.sha256} {windows}"
-            found = timed_score(session, kind, functools.partial(losses, layout=layout),
-                                text, windows, Journal(path, task))
+            task = f"{kind} {digest} {text.sha256} {windows} of {runtime.world_size}"
+            found = timed_score(session, kind, functools.partial(losses, layout=layout), windows,
+                                Journal(path, task))
             scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
                                 bytes=found.bytes)
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
@@ -4245,7 +4536,7 @@ def evaluate_stage(session: Session) -> dict:
     return dict(facts, val_tokens=found.tokens, val_bytes=found.bytes, val_sha256=text.sha256)
 
 
-def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
+def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
     config = load_config(env)
     runtime = Runtime(env, config)
@@ -4257,39 +4548,40 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, dict]:
         header = runtime.first(lambda *file: read_tensors(*file)[0], *first)
         config = adopt(config, header, config.stage, first[0])
     config = dataclasses.replace(config, run_id=files.run_id)
-    faults = preflight(config, runtime, files)
-    report = predict(config, runtime) if runtime.is_main and (check or not faults) else {}
+    inputs, faults = preflight(config, runtime, files)
+    report = (predict(config, runtime, inputs.code_bytes)
+              if runtime.is_main and (check or not faults) else {})
     if check and runtime.is_main:
         print("\n".join(["check: " + report["text_report"], *notices(config, env)]))
     if faults:
         raise ConfigError(faults, shared=True)
-    return config, runtime, files, report
+    return config, runtime, files, inputs, report
 
 
 def run(env, check: bool):
     """Run the stages STAGE asks for; with `check`, only everything that is checked before."""
     age, began = process_age_seconds(), time.perf_counter()
-    config, runtime, files, report = start(env, check)
+    config, runtime, files, inputs, report = start(env, check)
     name, attend, scope, error = choose_attention(config, runtime)
     if check:
         if runtime.is_main:
-            if config.stage != "quantize":
-                print(f"check: val: {load_validation(config).name}")
+            if inputs.text:
+                print(f"check: val: {inputs.text.name}")
             print(f"check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
-    with scope, runtime.signals:
+    with runtime.switches(), scope, runtime.signals:
         begins = not files.identity.exists()
         if runtime.is_main and begins:
-            write_file(files.identity, json.dumps(identity(config), indent=1).encode())
+            write_file(files.identity, json.dumps(identity(config, inputs), indent=1).encode())
         log = Log(runtime.is_main, files.events, files.text_log)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
-        session = Session(config, runtime, log, clock, files, attend, name)
+        session = Session(config, runtime, log, clock, files, inputs, attend, name)
         log_head(session, env, report)
         if config.resume and begins:
             log.event("notice", text=f"RESUME=1: {files.folder} holds no run; this one is new")
         log.event("attention", backend=name, max_error=error)
         facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed,
-                     code_sha256=file_sha256(Path(__file__)))
+                     code_sha256=inputs.code_sha256)
         try:
             run_stages(session, facts)
         except Interrupted as stop:
@@ -4306,7 +4598,8 @@ def run(env, check: bool):
 def run_stages(session: Session, facts: dict):
     """Run each stage that STAGE asks for and that a resumed run has not finished before."""
     config, runtime, files = session.config, session.runtime, session.files
-    for stage, function in zip(STAGES, (train_stage, quantize_stage, evaluate_stage)):
+    work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
+    for stage, function in work.items():
         if not config.runs(stage):
             continue
         if config.resume and runtime.share(files.done(stage, config)):
