@@ -89,14 +89,14 @@ def read_codes(header: dict, tensors: dict, config, origin: Path) -> tuple[dict,
 
 
 def storage_of(config) -> dict[str, str]:
-    return script().plan_storage(script().meta_model(config), config)
+    return {name: entry.kind for name, entry in script().inventory(config).items()}
 
 
 def limits_of(config) -> dict[str, int]:
     """Return the largest code of each kind that has codes; steps by sensitivity use all of int8."""
     product = script()
-    return {kind: product.INT8_MAX_CODE if config.fisher_steps else spec.max_code
-            for kind, spec in product.quant_specs(config).items()}
+    rule = product.STEP_RULES[config.rule](config)
+    return {kind: rule.max_code(spec) for kind, spec in product.quant_specs(config).items()}
 
 
 def ideal_bytes(codes: Mapping[str, Any]) -> dict[str, float]:

@@ -64,12 +64,11 @@ class Bench:
     def __init__(self, folder: Path, env: dict, num_tokens: int):
         self.header, self.weights = t.read_tensors(folder / "final_model.weights", "weights")
         self.sha256 = hashlib.sha256((folder / "final_model.weights").read_bytes()).hexdigest()
-        header, stats = t.read_tensors(folder / "final_model.stats", "stats")
-        self.stats = dict.fromkeys(("fisher", "sdclip"), (stats, header["readers"]))
+        _, stats = t.read_tensors(folder / "final_model.stats", "stats")
+        self.stats = dict.fromkeys(t.STEP_RULES, stats)
         self.folder, self.env = folder, env
         self.config = self.config_of({})
-        layouts = t.layouts_of(self.config)
-        self.layout = next(x for x in layouts if list(x.order) == self.header["order"])
+        self.layout = t.phases(self.config)[t.phase_of(self.header, self.config, folder)].layout
         text = t.load_validation(self.config)
         windows = min(num_tokens, len(text.target_bytes)) // self.config.eval_seq_len
         self.count = windows * self.config.eval_seq_len
@@ -96,30 +95,24 @@ class Bench:
             if kept.exists():
                 found, stats = t.read_tensors(kept, "stats")
                 if all(found.get(name) == value for name, value in made.items()):
-                    self.stats[rule] = stats, found["readers"]
+                    self.stats[rule] = stats
                     continue
             config = self.config_of(dict(STEP_RULE=rule))
             model = t.GPT(config)
             model.load_state_dict(self.weights)
             calibration = t.Calibration(model, config, t.Runtime({}, config))
-            stats = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
-            self.stats[rule] = stats, calibration.readers
-            t.write_tensors(kept, dict(header, readers=calibration.readers), stats)
+            self.stats[rule] = calibration.run(self.layout, self.loader(), t.Clock(), t.Log(False))
+            t.write_tensors(kept, header, self.stats[rule])
 
     def aim(self, quantised):
         """Return (weights, statistics) with targets for the inputs that quantised weights give."""
-        readers = self.matrix_readers()
         loader = self.loader()
-        batches = [loader.read(at, 4)[:, :-1] for at in range(0, AIM_WINDOWS, 4)]
+        batches = [loader.read(at, 4) for at in range(0, AIM_WINDOWS, 4)]
+        names = [name.removesuffix(".weight") for name, entry in t.coded(self.config).items()
+                 if entry.role is t.Role.MATRIX]
         moments = gptaq.paired_moments(t.GPT(self.config), self.weights, quantised, batches,
-                                       self.layout, list(readers))
-        weights, hessians = gptaq.asymmetric_targets(self.weights, moments, readers)
-        return weights, {name: hessians[module] for module, names in readers.items()
-                         for name in names}
-
-    def matrix_readers(self) -> dict[str, list[str]]:
-        return {module: names for module, names in t.GPT(self.config).input_groups().items()
-                if self.weights[names[0]].numel() > self.config.fp16_max_numel}
+                                       self.layout, names)
+        return gptaq.asymmetric_targets(self.weights, moments)
 
     def config_of(self, changes: dict) -> t.Config:
         stored = t.stored_settings(self.header, Path("weights"))
@@ -133,7 +126,7 @@ class Bench:
         model.load_state_dict(weights)
         with torch.inference_mode():
             return [model.logits(part, self.layout).log_softmax(-1).half()
-                    for part in self.tokens.split(16)]
+                    for part in t.Batch(self.tokens, self.targets).split(16)]
 
     def nats_of(self, odds) -> float:
         return -sum(part.float().gather(-1, y[..., None]).double().sum().item()
@@ -153,10 +146,10 @@ class Bench:
         """
         hessians = {}
         if "UNWEIGHTED" in markers:
-            stats, readers = self.stats["sdclip"]
-            assert readers, "UNWEIGHTED needs --calibrate: this run's statistics have gradients"
-            hessians = {name: stats[module] for module, names in readers.items()
-                        for name in names if module != t.HEAD_INPUT}
+            stats = self.stats["sdclip"]
+            assert stats is not self.stats["fisher"], "UNWEIGHTED needs --calibrate"
+            hessians = {name.removeprefix("inputs."): value for name, value in stats.items()
+                        if name != "inputs.tok_emb.weight"}
         found = self.quantise(changes, limit_bytes, self.weights, hessians)
         if "ASYMMETRIC" in markers:
             found = self.quantise(changes, limit_bytes, *self.aim(found[-1]))
@@ -164,9 +157,7 @@ class Bench:
 
     def quantise(self, changes: dict, limit_bytes: int, weights, hessians):
         config = self.config_of(changes)
-        stats, readers = self.stats["fisher" if config.fisher_steps else "sdclip"]
-        known = t.sensitivity_of(stats, readers, weights)
-        known.hessians.update(hessians)
+        known = self.stats[config.rule] | {f"inputs.{name}": h for name, h in hessians.items()}
         quantizer = t.Quantizer(weights, known, config, torch.device("cpu"))
         head = dict(self.header, kind="artifact", config=t.artifact_config(config))
         multiplier, packed = t.fit_artifact(quantizer, head, limit_bytes,

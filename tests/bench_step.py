@@ -40,14 +40,14 @@ import plain  # noqa: E402
 from candidates.table import CANDIDATES, swapped  # noqa: E402
 
 import train_gpt  # noqa: E402
-from train_gpt import Config, Layout, Rates, Role, Runtime  # noqa: E402
+from train_gpt import Batch, Config, Layout, Rates, Role, Runtime  # noqa: E402
 
 FULL = dict(train_batch_tokens=98_304, compile_enabled=None)  # one of eight GPUs' share
 TINY = dict(train_batch_tokens=512, micro_batch_tokens=512, train_seq_len=64, eval_seq_len=64,
             eval_stride=8, val_batch_tokens=2048, vocab_size=256, num_layers=4, model_dim=64,
             num_heads=4, num_kv_heads=2, ve_layers=(2, 3), ve_dim=16, recur_layers=(1, 2),
             parallel_start_layer=2, fp16_max_numel=1024, device="cpu")
-RATES = Rates(1.0, 0.95, False)
+RATES = Rates(1.0, 0.95)
 # Of one side: blocks of steps, taken in turns with the other sides' blocks.
 BLOCKS, BLOCK_STEPS, WARM_STEPS = 7, 10, 3
 
@@ -62,7 +62,8 @@ class Bench:
         if not tiny and self.device.type == "cpu":  # a window takes seconds there
             self.config = dataclasses.replace(self.config, val_batch_tokens=8192)
         backend, self.attend, self.scope, _ = train_gpt.choose_attention(self.config, self.runtime)
-        self.layouts = dict(zip(("before", "after"), train_gpt.layouts_of(self.config)))
+        self.layouts = {name: phase.layout for name, phase in zip(
+            ("before", "after"), train_gpt.phases(self.config), strict=True)}
         self.rows_file = open(rows_path, "a", encoding="utf-8") if rows_path else None
         self.roof = train_gpt.matmul_flops_per_second(self.runtime)
         self.tell("device", backend=backend, tokens=self.config.train_batch_tokens,
@@ -78,13 +79,13 @@ class Bench:
             self.rows_file.write(json.dumps({"row": kind, **fields}) + "\n")
             self.rows_file.flush()
 
-    def windows(self, count: int) -> torch.Tensor:
-        """Return windows (count, T + 1) of tokens as unevenly frequent as those of text."""
+    def windows(self, count: int) -> Batch:
+        """Return windows of tokens as unevenly frequent as those of text."""
         weights = 1.0 / (torch.arange(self.config.vocab_size) + 10.0)
         shape = count, self.config.train_seq_len + 1
         drawn = torch.multinomial(weights, shape[0] * shape[1], replacement=True,
                                   generator=torch.Generator().manual_seed(0))
-        return drawn.view(shape).to(self.device)
+        return Batch.of_windows(drawn.view(shape).to(self.device))
 
     def model(self) -> train_gpt.GPT:
         """Return a model without zeros: a GPU multiplies those faster."""
@@ -116,12 +117,12 @@ class Ours:
         self.model = bench.model()
         optimizers = train_gpt.Optimizers(self.model, config, runtime)
         self.average = train_gpt.Average(optimizers.bank, config.ema_decay)
-        state = train_gpt.TrainState(self.model, optimizers, self.average, bench.layouts["before"])
+        state = train_gpt.TrainState(self.model, optimizers, self.average)
         self.trainer = train_gpt.Trainer(state, config, runtime, train_gpt.Log(False),
                                          train_gpt.Clock())
 
-    def step(self, windows: torch.Tensor, layout: Layout) -> torch.Tensor:
-        loss = self.trainer.update(windows, layout, RATES)
+    def step(self, batch: Batch, layout: Layout) -> torch.Tensor:
+        loss = self.trainer.update(batch, layout, RATES)
         self.average.update()
         return loss
 
@@ -149,12 +150,11 @@ class Plain:
              dict(params=groups[Role.CONTROL], lr=c.scalar_lr, weight_decay=c.adam_wd)],
             betas=(c.beta1, c.beta2), eps=c.adam_eps)
 
-    def step(self, windows: torch.Tensor, layout: Layout) -> float:
+    def step(self, batch: Batch, layout: Layout) -> float:
         self.model.zero_grad()
-        parts, total = windows.split(self.micro), 0.0
+        parts, total = batch.split(self.micro), 0.0
         for part in parts:
-            inputs, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
-            loss = self.mean_loss(inputs, targets, layout) / len(parts)
+            loss = self.mean_loss(part, layout) / len(parts)
             loss.backward()
             total += loss.item()
         self.optimize()
@@ -237,16 +237,16 @@ def free(bench: Bench):
 def step(bench: Bench):
     """Whole steps at both depths: ours and plain."""
     free(bench)
-    windows = bench.windows(bench.config.step_windows)
+    batch = bench.windows(bench.config.step_windows)
     sides: dict[str, Ours | Plain] = {}
     for name, side in (("ours", Ours), ("plain", Plain)):
         sides[name] = side(bench)
         for depth, layout in bench.layouts.items():
             since = time.perf_counter()
-            seconds_of(bench, stepper(sides[name], windows, layout), 1)
+            seconds_of(bench, stepper(sides[name], batch, layout), 1)
             bench.tell("compile", side=name, depth=depth, seconds=time.perf_counter() - since)
     for depth, layout in bench.layouts.items():
-        taken = in_turns(bench, {name: stepper(side, windows, layout)
+        taken = in_turns(bench, {name: stepper(side, batch, layout)
                                  for name, side in sides.items()})
         median = {name: statistics.median(spent) for name, spent in taken.items()}
         for name, seconds in median.items():
@@ -265,11 +265,11 @@ def overlay(bench: Bench):
     steps, per_step = 10 if bench.tiny else 200, bench.config.step_windows
     ours, other = Ours(bench), Plain(bench)
     other.model.load_state_dict(ours.model.state_dict())
-    windows, far = bench.windows(4 * per_step), []
+    batches, far = bench.windows(4 * per_step).split(per_step), []
     for i in range(steps):
         layout = bench.layouts["after" if i >= steps // 2 else "before"]
-        some = windows[i % 4 * per_step:][:per_step]
-        a, b = ours.step(some, layout), other.step(some, layout)
+        batch = batches[i % 4]
+        a, b = ours.step(batch, layout), other.step(batch, layout)
         far.append(float(a) - b)
         if i % (steps // 10) == 0:
             bench.tell("overlay", step=i, ours=float(a), plain=b)
@@ -282,12 +282,12 @@ def memory(bench: Bench):
     if bench.device.type != "cuda":
         bench.tell("memory", skipped="on a CPU the process has one peak for all")
         return
-    windows = bench.windows(bench.config.step_windows)
+    batch = bench.windows(bench.config.step_windows)
     for name, side in (("ours", Ours), ("plain", Plain)):
         free(bench)
         one = side(bench)
         for _ in range(2):
-            one.step(windows, bench.layouts["after"])
+            one.step(batch, bench.layouts["after"])
         allocated, reserved = bench.runtime.peak_memory_mib()
         bench.tell("memory", side=name, allocated_mib=allocated, reserved_mib=reserved)
         del one
@@ -332,9 +332,9 @@ def plain_sliding(bench: Bench, logits_of, text: train_gpt.Validation) -> float:
             some = windows[at:at + c.eval_batch_windows]
             rows = [tokens[start:start + c.eval_seq_len + 1] for start, _ in some]
             rows += [rows[-1]] * (c.eval_batch_windows - len(rows))  # one static shape
-            batch = torch.stack(rows).to(bench.device)
-            logits = logits_of(batch[:, :-1].contiguous(), bench.layouts["after"])
-            losses = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(),
+            batch = Batch.of_windows(torch.stack(rows).to(bench.device))
+            logits = logits_of(batch, bench.layouts["after"])
+            losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(),
                                      reduction="none").view(len(rows), -1).double()
             for row, (start, scored) in enumerate(some):
                 total += losses[row, scored[0] - start:scored[-1] - start + 1].sum().item()
@@ -351,7 +351,7 @@ def evaluation(bench: Bench):
     windows, batches = (c.eval_seq_len, c.eval_stride, c.eval_batch_windows), 8
     further = c.eval_stride * c.eval_batch_windows * batches
     drawn = bench.windows(-(-(c.eval_seq_len + further) // c.train_seq_len) + 1)
-    tokens = drawn.flatten().cpu().numpy().astype(np.uint16)
+    tokens = drawn.tokens.flatten().cpu().numpy().astype(np.uint16)
     texts = {}
     for name, count in (("first", c.eval_seq_len), ("all", c.eval_seq_len + further)):
         texts[name] = train_gpt.Validation(tokens[:count + 1], np.ones(count, np.uint16), count,
@@ -359,7 +359,7 @@ def evaluation(bench: Bench):
     losses, logits = (bench.runtime.compile(f) for f in (model.token_losses, model.logits))
 
     def ours(text):
-        return train_gpt.score(lambda x, y: losses(x, y, bench.layouts["after"]), text, windows,
+        return train_gpt.score(lambda batch: losses(batch, bench.layouts["after"]), text, windows,
                                bench.runtime).nats
 
     def obvious(text):
@@ -420,8 +420,8 @@ def artifact(bench: Bench):
     free(bench)
     generator, hessians = torch.Generator().manual_seed(0), {}
     outputs: dict[str, torch.Tensor] = {}
-    weights = {name: trained_like(p.shape, generator)
-               for name, p in train_gpt.meta_model(bench.config).named_parameters()}
+    weights = {name: trained_like(entry.shape, generator)
+               for name, entry in train_gpt.inventory(bench.config).items()}
 
     def moments(size):
         x = torch.randn(2 * size, size, generator=generator)
@@ -434,7 +434,9 @@ def artifact(bench: Bench):
             if len(weight) <= weight.shape[1]:
                 outputs[name] = moments(len(weight))
     fisher = {name: torch.rand(len(weights[name]), generator=generator) ** 2 for name in hessians}
-    known = train_gpt.Sensitivity(hessians, fisher, outputs)
+    known = {kind + name: value for kind, found in (
+        ("inputs.", hessians), ("fisher.", fisher), ("outputs.", outputs))
+        for name, value in found.items()}
     count = sum(w.numel() for w in weights.values())
     for side, changes in (("scalar", dict(trellis=False)), ("trellis", dict(couple_rows=False)),
                           ("coupled rows", {})):
@@ -444,7 +446,7 @@ def artifact(bench: Bench):
         bench.tell("gptq", side=side, factor_seconds=factor, codes_seconds=codes, weights=count)
     spent = 0.0
     for group in quantizer.groups:
-        steps = 2.0 ** (group.rows_NR.float() / train_gpt.OCTAVE)
+        steps = 2.0 ** (group.plan.rows_NR.float() / train_gpt.OCTAVE)
         for i, name in enumerate(group.names):
             factors = train_gpt.factor_hessians(hessians[name][None].to(bench.device))
             spent += timed(bench, column_loop, group.w_NRC[i], factors, steps[i])[1]
@@ -469,14 +471,14 @@ def candidates(bench: Bench):
         bench.tell("candidates", skipped="they need a GPU, or TRITON_INTERPRET=1 with --tiny")
         return
     free(bench)
-    windows, layout = bench.windows(bench.config.step_windows), bench.layouts["after"]
+    batch, layout = bench.windows(bench.config.step_windows), bench.layouts["after"]
     base = Ours(bench)
     alone = [] if bench.tiny else [[name] for name in CANDIDATES]  # the interpreter is slow
     for names in ([], list(CANDIDATES), *alone):
         with swapped(train_gpt, names):
             side = Ours(bench)
-        calls = {"base": stepper(base, windows, layout),
-                 "with": stepper(side, windows, layout, names)}
+        calls = {"base": stepper(base, batch, layout),
+                 "with": stepper(side, batch, layout, names)}
         taken = in_turns(bench, calls, block_steps=5)
         before, after = (statistics.median(taken[name]) for name in calls)
         saved, spread = 1 - after / before, (max(taken["base"]) - min(taken["base"])) / before

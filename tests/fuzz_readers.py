@@ -107,7 +107,7 @@ class Containers:
                 weights = {name: p.detach().float().clone() for name, p in
                            toys.random_model(config).named_parameters()}
                 tables = {name: w for name, w in weights.items() if w.ndim == 2}
-                known = script.Sensitivity(
+                known = toys.statistics(
                     {name: torch.eye(w.shape[1]) for name, w in tables.items()},
                     {name: torch.ones(len(w)) for name, w in tables.items()})
                 quantizer = script.Quantizer(weights, known, config, "cpu")
@@ -117,8 +117,8 @@ class Containers:
                 self.seeds.append(("artifact", packed))
         made = dict(head, kind="weights", steps=3)
         self.seeds.append(("weights", script.pack_tensors(made, weights)))
-        made = dict(head, kind="stats", readers={"head": ["tok_emb.weight"]})
-        self.seeds.append(("stats", script.pack_tensors(made, {"head": torch.eye(16)})))
+        made, head_input = dict(head, kind="stats"), {"inputs.tok_emb.weight": torch.eye(16)}
+        self.seeds.append(("stats", script.pack_tensors(made, head_input)))
         self.config = script.load_config(dict(STAGE="evaluate", DEVICE="cpu"))
         self.errors = script.ContainerError, script.ConfigError
         for kind, data in self.seeds:  # what is mutated must be well before
@@ -240,21 +240,22 @@ class Logs(Files):
 class Journals(Files):
     """An evaluation's journal and a run's identity: damage there is never an error."""
 
-    LINES = b'\n["task", 0, 64, 1.5]\n\n["task", 64, 128, 2.5]\n\n["other", 0, 64, 1.0]\n'
+    LINES = b'\n["task", 0, 1.5, 64, 99]\n\n["task", 1, 2.5, 64, 9]\n\n["other", 0, 1.0, 6, 9]\n'
 
     def __init__(self, folder, script):
         super().__init__(folder, script)
         self.errors = ()
         self.config = script.Config(stage="quantize", resume=True, run_id="x", device="cpu",
                                     tokenizer_path=str(folder / "none"))
-        self.identity = script.identity(self.config)
+        self.inputs, _ = script.take_inputs(self.config)
+        self.identity = script.identity(self.config, self.inputs)
         os.chdir(folder)
         self.files = script.RunFiles("x")
         self.files.folder.mkdir(parents=True, exist_ok=True)
 
     def make(self, rng):
         if rng.random() < 0.6:
-            line = json.dumps(mutate_value(["task", 0, 64, 1.5], rng)).encode()
+            line = json.dumps(mutate_value(["task", 0, 1.5, 64, 99], rng)).encode()
             return "journal", mutate_bytes(self.LINES + line, rng)
         data = json.dumps(mutate_value(self.identity, rng)).encode()
         return "identity", mutate_bytes(data, rng) if rng.random() < 0.5 else data
@@ -263,11 +264,11 @@ class Journals(Files):
         if kind == "journal":
             self.path.write_bytes(data)
             journal = self.script.Journal(self.path, "task")
-            assert all(type(value) is float for value in journal.values())
+            assert all(list(map(type, sums)) == [float, int, int] for sums in journal.values())
         else:
             self.files.identity.write_bytes(data)
             assert all(isinstance(line, str)
-                       for line in self.script.resume_faults(self.config, self.files))
+                       for line in self.script.resume_faults(self.config, self.files, self.inputs))
 
 
 class Settings(Files):

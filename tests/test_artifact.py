@@ -1,5 +1,6 @@
 """What is stored how, the way into the artifact and back, and the size told beforehand."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import (
     Rank,
+    kinds_of,
+    meta_model,
     random_model,
+    statistics,
     steady,  # noqa: F401
     toy_config,
 )
@@ -30,19 +34,16 @@ from train_gpt import (
     Quantizer,
     Role,
     RunFiles,
-    Sensitivity,
     Session,
     artifact_config,
-    code_bytes,
     fit_artifact,
     load_config,
-    meta_model,
     pack_tensors,
-    plan_storage,
     predict_artifact_bytes,
     quantize_files,
     read_tensors,
     restore_weights,
+    take_inputs,
     unpack_tensors,
     write_tensors,
 )
@@ -65,14 +66,14 @@ def quantizer_of(config, seed=0):
             hessians[name] = moments(w.shape[1])
             fisher[name] = torch.rand(w.shape[0], generator=generator) ** 3
             outputs[name] = moments(w.shape[0])
-    return Quantizer(weights, Sensitivity(hessians, fisher, outputs), config, CPU)
+    return Quantizer(weights, statistics(hessians, fisher, outputs), config, CPU)
 
 
 def gaussian_quantizer(config):
     generator = torch.Generator().manual_seed(0)
     weights = {name: 0.05 * torch.randn(p.shape, generator=generator)
                for name, p in meta_model(config).named_parameters()}
-    return Quantizer(weights, Sensitivity({}, {}), config, CPU)
+    return Quantizer(weights, {}, config, CPU)
 
 
 def header_of(config, multiplier=1.0):
@@ -84,12 +85,12 @@ def header_of(config, multiplier=1.0):
 def stored_weights(quantizer, name, multiplier):
     """Return what codes and steps stand for, worked out here."""
     codes, *steps = quantizer.codes_at(multiplier)[name]
-    if not quantizer.config.fisher_steps:
+    if not quantizer.rule.gradients:
         return codes.float() * steps[0].float()[:, None]
     table = torch.tensor([2.0 ** (code / 8) for code in range(-128, 128)])
     rows, columns = (table[x.long() + 128] for x in steps)
     levels = codes.float()
-    if quantizer.config.uses_trellis:
+    if quantizer.rule.trellis:
         levels = torch.tensor([plain.trellis_levels(column) for column in codes.T.tolist()]).T
     return levels * (multiplier * rows)[:, None] * columns
 
@@ -102,7 +103,7 @@ def stored_weights(quantizer, name, multiplier):
 def test_storage_follows_role_and_size(control_dtype, limit):
     config = toy_config(control_dtype=control_dtype, fp16_max_numel=limit)
     model = meta_model(config)
-    storage = plan_storage(model, config)
+    storage = kinds_of(config)
     assert list(storage) == [name for name, _ in model.named_parameters()]
     for name, p in model.named_parameters():
         matrix = "int6" if p.numel() > limit else "float16"
@@ -113,7 +114,7 @@ def test_storage_follows_role_and_size(control_dtype, limit):
 def test_storage_of_the_record():
     """Of the matrices only the value embedding's projection is small enough for fp16."""
     config = load_config({})
-    storage = plan_storage(meta_model(config), config)
+    storage = kinds_of(config)
     counts = {kind: list(storage.values()).count(kind) for kind in set(storage.values())}
     assert counts == {"int6": 66, "int8": 2, "float16": 1 + 49}
     assert storage["ve.proj.weight"] == "float16"
@@ -140,8 +141,9 @@ def test_restored_weights_are_those_quantised_bit_for_bit(codec, changes):
     header, tensors = unpack_tensors(packed, "memory")
     restored = restore_weights(header, tensors, config, "memory")
     assert header["config"] == json.loads(json.dumps(artifact_config(config)))
-    assert set(restored) == set(quantizer.storage)
-    for name, kind in quantizer.storage.items():
+    kinds = kinds_of(quantizer.config)
+    assert set(restored) == set(kinds)
+    for name, kind in kinds.items():
         if kind in ("int6", "int8"):
             expected = stored_weights(quantizer, name, 0.8)
         else:
@@ -233,7 +235,7 @@ def test_an_explicit_k_switches_the_search_off(changes):
     assert header["multiplier"] == 1.0
     expected = []
     for name in quantizer.order:
-        k, max_code = ((changes.get("sdclip_k", 12.85), 31) if quantizer.storage[name] == "int6"
+        k, max_code = ((changes.get("sdclip_k", 12.85), 31) if kinds_of(config)[name] == "int6"
                        else (changes.get("sdclip_k_embed", 20.0), 127))
         expected.append(k * quantizer.weights[name].std(dim=1) / max_code)
     torch.testing.assert_close(tensors["steps"].float(), torch.cat(expected), rtol=1e-3, atol=0)
@@ -268,7 +270,7 @@ def odd_weights(config, generator):
     def pick(choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
-    weights, storage = {}, plan_storage(meta_model(config), config)
+    weights, storage = {}, kinds_of(config)
     for name, p in meta_model(config).named_parameters():
         law = pick(("Gaussian", "trained-like", "heavy tails", "sparse"))
         w = draw(tuple(p.shape), law) * 10 ** pick((-6.0, -2.0, -1.0, 0.0, 2.0))
@@ -303,7 +305,7 @@ def test_any_weights_fill_the_cap_or_are_said_not_to(seed):
             hessians[name] = moments(w.shape[1])
             fisher[name] = torch.rand(w.shape[0], generator=generator) ** 6
             outputs[name] = moments(w.shape[0])
-    quantizer = Quantizer(weights, Sensitivity(hessians, fisher, outputs), config, CPU)
+    quantizer = Quantizer(weights, statistics(hessians, fisher, outputs), config, CPU)
     finest, coarsest = MULTIPLIER_RANGE
     middle = len(pack_tensors(header_of(config), quantizer.tensors_at(1.0), "brotli"))
     limit = int(middle * (0.9 + 0.2 * torch.rand((), generator=generator)))
@@ -324,8 +326,8 @@ def test_weights_that_are_all_zero_are_packed_and_come_back():
     config = toy_config()
     quantizer = quantizer_of(config)
     zeros = {name: torch.zeros_like(w) for name, w in quantizer.weights.items()}
-    known = Sensitivity({name: torch.eye(w.shape[1]) for name, w in zeros.items() if w.ndim == 2},
-                        {name: torch.ones(len(w)) for name, w in zeros.items() if w.ndim == 2})
+    known = statistics({name: torch.eye(w.shape[1]) for name, w in zeros.items() if w.ndim == 2},
+                       {name: torch.ones(len(w)) for name, w in zeros.items() if w.ndim == 2})
     quantizer = Quantizer(zeros, known, config, CPU)
     _, packed = fit_artifact(quantizer, header_of(config), 10 ** 6, lambda *told: None)
     header, tensors = unpack_tensors(packed, "memory")
@@ -379,7 +381,9 @@ def quantised_in(folder, run_id, monkeypatch, without=()):
     """
     folder.mkdir()
     monkeypatch.chdir(folder)
-    config = toy_config(run_id=run_id, stage="quantize", artifact_max_bytes=code_bytes() + 18_000)
+    config = toy_config(run_id=run_id, stage="quantize")
+    inputs, _ = take_inputs(config)
+    config = dataclasses.replace(config, artifact_max_bytes=inputs.code_bytes + 18_000)
     model, files = random_model(config), RunFiles(run_id)
     header = dict(config=artifact_config(config), order=list(config.base_order), steps=1,
                   tokenizer_sha256="0" * 64, train_sha256="1" * 64)
@@ -391,15 +395,15 @@ def quantised_in(folder, run_id, monkeypatch, without=()):
             stats |= {f"fisher.{name}": torch.ones(len(w)), f"inputs.{name}": torch.eye(w.shape[1]),
                       f"outputs.{name}": torch.eye(len(w))}
     stats = {name: value for name, value in stats.items() if name not in without}
-    write_tensors(files.stats, dict(header, kind="stats", readers={}), stats)
-    quantize_files(Session(config, Rank(), Log(False), Clock(), files))
+    write_tensors(files.stats, dict(header, kind="stats"), stats)
+    quantize_files(Session(config, Rank(), Log(False), Clock(), files, inputs))
     return (folder / files.artifact).resolve()
 
 
 @pytest.mark.parametrize("name", ("fisher.tok_emb.weight", "inputs.ve.table.weight",
                                   "outputs.blocks.3.attn.q.weight"))
 def test_statistics_that_lack_something_are_refused(tmp_path, monkeypatch, name):
-    with pytest.raises(ConfigError, match=f"statistics lack .*{name.split('.', 1)[1]}"):
+    with pytest.raises(ConfigError, match=f"stats: lacks {name}"):
         quantised_in(tmp_path / "folder", "run", monkeypatch, without=(name,))
 
 

@@ -7,6 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
     Rank,
+    asked,
+    layouts_of,
+    meta_model,
     on_ranks,
     random_model,
     random_tokens,
@@ -16,16 +19,16 @@ from toys import (
 )
 
 from train_gpt import (
-    HEAD_INPUT,
+    Batch,
     Calibration,
+    ClipSteps,
     Clock,
+    FisherSteps,
     Log,
     Role,
     collect_fisher,
-    collect_stats,
-    layouts_of,
+    collect_inputs,
     load_config,
-    meta_model,
 )
 
 VARIANTS = {
@@ -48,8 +51,9 @@ def slow_stats(monkeypatch):
         out = params[prefix + "out.weight"]
         eye = torch.eye(len(out), dtype=out.dtype)
         heads = attention(params | {prefix + "out.weight": eye}, layer, z, tokens, sizes)
-        record(prefix + "q", z)
-        record(prefix + "out", heads)
+        for name in ("q", "k", "v"):
+            record(f"inputs.{prefix}{name}.weight", z)
+        record(f"inputs.{prefix}out.weight", heads)
         return heads @ out.T
 
     def recording_mlp(params, layer, z):
@@ -57,8 +61,8 @@ def slow_stats(monkeypatch):
         up, down = params[prefix + "up.weight"], params[prefix + "down.weight"]
         eye = torch.eye(len(up), dtype=up.dtype)
         hidden = mlp(params | {prefix + "down.weight": eye}, layer, z)
-        record(prefix + "up", z)
-        record(prefix + "down", hidden)
+        record(f"inputs.{prefix}up.weight", z)
+        record(f"inputs.{prefix}down.weight", hidden)
         return hidden @ down.T
 
     monkeypatch.setattr(plain, "attention", recording_attention)
@@ -71,9 +75,9 @@ def slow_stats(monkeypatch):
         for tokens_T in tokens_BT:
             encoded = plain.encode(params, tokens_T, order, sizes)
             x = plain.decode(params, tokens_T, order, sizes, config.skip_to_lanes, encoded)
-            record(HEAD_INPUT, plain.rms_norm(x))
+            record("inputs.tok_emb.weight", plain.rms_norm(x))
             if config.ve_enabled:
-                record("ve.proj", params["ve.table.weight"][tokens_T])
+                record("inputs.ve.proj.weight", params["ve.table.weight"][tokens_T])
         return dict(sums)
 
     return gather
@@ -102,8 +106,9 @@ def test_stats_equal_a_slow_gathering(slow_stats, changes, depth):
     config = toy_config(**changes)
     model, layout = random_model(config), layouts_of(config)[depth]
     batches = [random_tokens(config, 2, 8, seed) for seed in (1, 2)]
-    names = [*model.input_groups(), HEAD_INPUT]
-    found = added(collect_stats(model, layout, batch, names) for batch in batches)
+    wanted = ClipSteps(config).statistics()
+    found = added(collect_inputs(model, asked(batch), layout, wanted) for batch in batches)
+    assert set(found) == set(wanted)
     assert_same_stats(found, slow_stats(config, model, torch.cat(batches), layout.order))
 
 
@@ -111,9 +116,9 @@ def test_a_repeated_layer_contributes_both_inputs():
     """Inputs of q, k, v have a fixed mean square, so the trace counts how often a layer ran."""
     config = toy_config()
     model, layout = random_model(config), layouts_of(config)[1]
-    names = [f"blocks.{i}.attn.q" for i in range(11)]
+    names = [f"inputs.blocks.{i}.attn.q.weight" for i in range(11)]
     tokens = random_tokens(config, 4, 8)
-    found = collect_stats(model, layout, tokens, names)
+    found = collect_inputs(model, asked(tokens), layout, names)
     for i, name in enumerate(names):
         runs = found[name].trace().item() / (tokens.numel() * config.model_dim / (i + 1))
         assert runs == pytest.approx(2 if i in (3, 4, 5) else 1, rel=1e-4)
@@ -123,19 +128,21 @@ def test_only_what_is_asked_is_observed_and_nothing_stays_hooked():
     config = toy_config()
     model, layout = random_model(config), layouts_of(config)[0]
     tokens = random_tokens(config, 1, 8)
-    found = collect_stats(model, layout, tokens, ["blocks.2.mlp.up"])
-    assert set(found) == {"blocks.2.mlp.up"}
+    asked_for = ["inputs.blocks.2.mlp.up.weight", "inputs.tok_emb.weight"]
+    found = collect_inputs(model, asked(tokens), layout, asked_for)
+    assert set(found) == set(asked_for)
     with pytest.raises(IndexError):
-        collect_stats(model, layout, tokens + config.vocab_size, ["blocks.2.mlp.up"])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+        collect_inputs(model, asked(tokens + config.vocab_size), layout, asked_for)
+    assert not any(module._forward_pre_hooks or module._forward_hooks
+                   for module in model.modules())
     assert not any(value.requires_grad for value in found.values())
 
 
 def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
     config = toy_config()
     model = random_model(config, dtype=torch.bfloat16)
-    names = [*model.input_groups(), HEAD_INPUT]
-    found = collect_stats(model, layouts_of(config)[1], random_tokens(config, 2, 8), names)
+    found = collect_inputs(model, asked(random_tokens(config, 2, 8)), layouts_of(config)[1],
+                           ClipSteps(config).statistics())
     for name, value in found.items():
         assert value.dtype == torch.float32 and torch.equal(value, value.T), name
 
@@ -143,25 +150,21 @@ def test_stats_are_symmetric_and_fp32_in_a_bf16_model():
 # ---- which matrices ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env, matrices, observed", [
-    ({"PRESET": "pr1471"}, 66, 44), ({}, 67, 45), ({"EMBED_GPTQ": "0"}, 66, 44),
-    ({"FP16_MAX_NUMEL": "0"}, 68, 46), ({"FP16_MAX_NUMEL": "131072"}, 45, 45)])
-def test_published_counts_of_hessians(env, matrices, observed):
-    """Four observed inputs a layer; q, k and v share one; the table reads the head's input."""
+@pytest.mark.parametrize("env, matrices", [
+    ({"PRESET": "pr1471"}, 66), ({}, 67), ({"EMBED_GPTQ": "0"}, 66), ({"FP16_MAX_NUMEL": "0"}, 68),
+    ({"FP16_MAX_NUMEL": "131072"}, 45)])
+def test_published_counts_of_hessians(env, matrices):
+    """Six matrices a layer; the table reads the head's input; of the value table PT P serves."""
     config = load_config(dict(env, STEP_RULE="sdclip"))
     calibration = Calibration(meta_model(config), config, Rank())
-    readers = calibration.readers
-    assert sum(map(len, readers.values())) == matrices == calibration.hessians()
-    assert len(readers) == observed
-    assert (HEAD_INPUT in readers) == config.embed_gptq
-    names = [name for group in readers.values() for name in group]
-    assert len(set(names)) == len(names)
+    assert len(calibration.wanted) == matrices == calibration.hessians()
+    assert ("inputs.tok_emb.weight" in calibration.wanted) == config.embed_gptq
 
 
 def test_the_record_knows_the_inputs_of_every_coded_weight():
     config = load_config({})
     calibration = Calibration(meta_model(config), config, Rank())
-    assert calibration.hessians() == 66 + 2 and not calibration.readers
+    assert calibration.hessians() == 66 + 2 and calibration.gradients
 
 
 # ---- which windows -------------------------------------------------------------------------
@@ -229,7 +232,8 @@ class Windows:
 
     def read(self, start, count):
         config = toy_config()
-        return torch.cat([random_tokens(config, 1, 9, seed=start + i) for i in range(count)])
+        rows = [random_tokens(config, 1, 9, seed=start + i) for i in range(count)]
+        return Batch.of_windows(torch.cat(rows))
 
 
 class Seconds(Clock):
@@ -258,7 +262,7 @@ def test_means_are_the_same_on_any_number_of_ranks(slow_stats, world_size, chang
     found = on_ranks(world_size, lambda runtime: collect(config, runtime))
     positions = positions_of(calibration_of(config))
     assert len(positions) == 15
-    tokens = torch.cat([Windows().read(p, 1)[:, :-1] for p in positions])
+    tokens = torch.cat([Windows().read(p, 1).tokens for p in positions])
     expected = slow_stats(config, random_model(config), tokens, config.recurrent_order)
     for means in found:
         assert_same_stats(means, {name: value / tokens.numel() for name, value in expected.items()})
@@ -284,10 +288,10 @@ def test_calibration_stops_at_the_limit_and_says_so(seconds, done):
     assert kind == "calibration_short" and fields["done"] == done
     model, layout = random_model(config), layouts_of(config)[1]
     shares = calibration_of(config).shares()
-    batches = [Windows().read(*share)[:, :-1] for share in shares[:done]]
+    batches = [Windows().read(*share) for share in shares[:done]]
     assert fields["planned"] == len(shares)
-    sums = added(collect_stats(model, layout, batch, list(short)) for batch in batches)
-    tokens = sum(batch.numel() for batch in batches)
+    sums = added(collect_inputs(model, batch, layout, short) for batch in batches)
+    tokens = sum(batch.tokens.numel() for batch in batches)
     assert_same_stats(short, {name: value / tokens for name, value in sums.items()})
 
 
@@ -333,7 +337,7 @@ def slow_gradients(model, layout, tokens, labels):
         handles.append(module.register_forward_hook(on_output))
     for name in fisher_names(model):
         watch(name, model.get_submodule(name.removesuffix(".weight")))
-    logits = model.logits(tokens, layout).flatten(0, 1)
+    logits = model.logits(asked(tokens), layout).flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
     for handle in handles:
         handle.remove()
@@ -347,11 +351,11 @@ def test_fisher_information_equals_a_slow_gathering():
     model, layout = random_model(config), layouts_of(config)[1]
     tokens = random_tokens(config, 3, 8)
     names = fisher_names(model)
-    found = collect_fisher(model, layout, tokens, names, seed=7)
+    found = collect_fisher(model, asked(tokens), layout, FisherSteps(config).statistics(), seed=7)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
-        odds = model.logits(tokens, layout).flatten(0, 1).softmax(-1)
+        odds = model.logits(asked(tokens), layout).flatten(0, 1).softmax(-1)
     labels = torch.multinomial(odds, 1, generator=torch.Generator().manual_seed(7))[:, 0]
     slow = slow_gradients(model, layout, tokens, labels)
     expected = {}
@@ -370,7 +374,7 @@ def test_fisher_information_equals_a_slow_gathering():
         if rows <= columns:
             expected[f"outputs.{name}"] = sum(g.T @ g for _, g in uses) / len(uses)
     with torch.no_grad():
-        hidden = model(tokens, layout).flatten(0, 1)
+        hidden = model(asked(tokens), layout).flatten(0, 1)
     expected["inputs.tok_emb.weight"] += hidden.T @ hidden
     assert set(found) == set(expected) | {"fisher.tok_emb.weight", "fisher.ve.table.weight"}
     for name, value in expected.items():
@@ -384,9 +388,9 @@ def test_the_heads_information_is_the_expected_square_over_all_labels():
     config = toy_config(logit_softcap=3.0)  # a cap that bends the logits
     model, layout = random_model(config), layouts_of(config)[0]
     tokens = random_tokens(config, 1, 5)
-    found = collect_fisher(model, layout, tokens, ["tok_emb.weight"], seed=0)
+    found = collect_fisher(model, asked(tokens), layout, ["fisher.tok_emb.weight"], seed=0)
     with torch.no_grad():
-        hidden = model(tokens, layout).flatten(0, 1)
+        hidden = model(asked(tokens), layout).flatten(0, 1)
     raw = (hidden @ model.tok_emb.weight.detach().T).requires_grad_()
     odds = (3 * torch.tanh(raw / 3)).log_softmax(-1)
     expected = torch.zeros(config.vocab_size)

@@ -17,6 +17,8 @@ import torch
 from candidates import loss, mlp, qk, xsa
 from candidates.table import CANDIDATES, ODD, swapped
 from toys import (
+    asked,
+    layouts_of,
     random_model,
     steady,  # noqa: F401
     toy_config,
@@ -66,13 +68,14 @@ def test_plain_form_is_the_scripts(name, dtype):
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_swapped_candidates_are_called_and_leave_no_trace(name):
     """On CPU tensors, outside the interpreter, no kernel can start: calling one fails."""
-    tokens, layout = torch.zeros(1, 8, dtype=torch.int64), train_gpt.layouts_of(toy_config())[1]
+    batch = asked(torch.zeros(1, 8, dtype=torch.int64))
+    layout = layouts_of(toy_config())[1]
     before = {path: _at(path) for path in CANDIDATES[name].patches}
     with swapped(train_gpt, [name]):
         with pytest.raises((TypeError, AttributeError, RuntimeError, ValueError)):
-            random_model(toy_config()).mean_loss(tokens, tokens, layout)
+            random_model(toy_config()).mean_loss(batch, layout)
     assert {path: _at(path) for path in before} == before
-    assert random_model(toy_config()).mean_loss(tokens, tokens, layout).isfinite()
+    assert random_model(toy_config()).mean_loss(batch, layout).isfinite()
 
 
 def _at(path):

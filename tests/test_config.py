@@ -80,7 +80,7 @@ def fault_of(env) -> str:
 
 def layers_of_rows(layout):
     """Return {skip row: physical layer it reaches}."""
-    return {row: layout.order[layout.border + row] for row in range(layout.skips)}
+    return {step.skip: step.layer for step in layout.steps if step.skip is not None}
 
 
 ALL_LAYERS = tuple(range(11))
@@ -344,7 +344,7 @@ def test_each_preset_builds_and_yields_to_the_environment(name):
     config = load_config({"PRESET": name})
     assert config.preset == name and config.explicit == {"preset", *PRESETS[name]}
     assert all(getattr(config, key) == value for key, value in PRESETS[name].items())
-    assert sum(p.numel() for p in train_gpt.meta_model(config).parameters()) > 0
+    assert train_gpt.count_parameters(config) > 0
     key = next(key for key, value in PRESETS[name].items() if type(value) is float)
     beaten = load_config({"PRESET": name, key.upper(): "0.125"})
     assert beaten.public() == config.public() | {key: 0.125}
@@ -360,15 +360,14 @@ def test_published_preset_has_the_published_quirks():
     assert (config.sdclip_k, config.sdclip_k_embed, config.search_k) == (12.85, 20.0, False)
     assert not config.embed_gptq and not config.score_tail and config.hessian_ranks == "first"
     assert config.control_dtype == "float16" and config.gptq_reserve_seconds == 10
-    model = train_gpt.meta_model(config)
-    assert sum(p.numel() for p in model.parameters()) == 37_022_812  # as its logs say
+    assert train_gpt.count_parameters(config) == 37_022_812  # as its logs say
 
 
 def test_published_preset_loses_the_skips_behind_the_lanes_and_the_default_keeps_them():
-    before, after = train_gpt.layouts_of(load_config({"PRESET": "pr1471"}))
+    before, after = (p.layout for p in train_gpt.phases(load_config({"PRESET": "pr1471"})))
     assert layers_of_rows(before) == {0: 5, 1: 6, 2: 7}
     assert layers_of_rows(after) == {0: 4, 1: 5, 2: 6, 3: 7}
-    before, after = train_gpt.layouts_of(load_config({}))
+    before, after = (p.layout for p in train_gpt.phases(load_config({})))
     assert layers_of_rows(before) == {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}
     assert layers_of_rows(after) == {0: 4, 1: 5, 2: 6, 3: 7, 4: 8}
 
@@ -396,7 +395,7 @@ def test_virtual_order_beats_recur_layers():
 def test_recurrence_starts_at_its_step_or_by_its_share_of_the_run():
     def starts(env):
         config = load_config(env)
-        return [train_gpt.schedule(config, step, progress).recurrent
+        return [train_gpt.phases(config)[1].start.done(step, progress) == 1.0
                 for step, progress in ((9, 0.9), (10, 0.1), (10, 0.5))]
 
     assert starts(dict(RECUR_START_STEP="10")) == [False, True, True]

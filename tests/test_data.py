@@ -16,10 +16,10 @@ import train_gpt
 from train_gpt import (
     Loader,
     ShardSet,
-    data_faults,
     load_config,
     load_validation,
     open_shard,
+    take_inputs,
     window_order,
 )
 
@@ -173,8 +173,10 @@ def batches(folder, steps, rank=0, world_size=1, **changes):
     loader = Loader(ShardSet(files, config.train_seq_len), config, fake_runtime(rank, world_size))
     found = [loader.batch(step) for step in steps]
     loader.close()
-    assert all(b.dtype == torch.int64 and b.shape == (8 // world_size, 9) for b in found)
-    return [b.tolist() for b in found]
+    assert all(torch.equal(b.tokens[:, 1:], b.targets[:, :-1]) for b in found)
+    windows = [torch.cat((b.tokens, b.targets[:, -1:]), 1) for b in found]
+    assert all(w.dtype == torch.int64 and w.shape == (8 // world_size, 9) for w in windows)
+    return [w.tolist() for w in windows]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +308,7 @@ def test_tokenizer_without_a_piece_for_the_space_is_refused(small_tokenizer, tmp
     with pytest.raises(ValueError, match="'▁'.*use one"):
         train_gpt.byte_table(processor, 400)
     write_documents(tmp_path / "text", path, DOCUMENTS * 3)
-    (fault,) = data_faults(load_config(text_env(tmp_path / "text", path)))
+    (fault,) = take_inputs(load_config(text_env(tmp_path / "text", path)))[1]
     assert "'▁'" in fault
 
 
@@ -383,7 +385,7 @@ def test_validation_of_another_vocabulary_is_refused(small_tokenizer, text_folde
 
 
 def faults_of(folder, tokenizer, **changes):
-    return data_faults(load_config(text_env(folder, tokenizer, **changes)))
+    return take_inputs(load_config(text_env(folder, tokenizer, **changes)))[1]
 
 
 def test_good_data_has_no_fault(small_tokenizer, text_folder, tiny_data):
@@ -440,7 +442,7 @@ def test_stage_asks_only_for_what_it_reads(small_tokenizer, text_folder):
     assert faults_of(text_folder, small_tokenizer, STAGE="train")
     assert not faults_of(text_folder, small_tokenizer, STAGE="evaluate")
     missing = load_config(dict(STAGE="quantize", DATA_PATH="/no", TOKENIZER_PATH="/no"))
-    assert not data_faults(missing)
+    assert not take_inputs(missing)[1]
 
 
 def test_tokenizer_of_another_vocabulary_is_a_fault(small_tokenizer, text_folder):

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = dict(DEVICE="cpu", TRAIN_BATCH_TOKENS=8192, MICRO_BATCH_TOKENS=4096, STAGE="train",
                 GPTQ_CALIBRATION_BATCHES=2, MAX_WALLCLOCK_SECONDS=0, ITERATIONS=1)
 PARAMETERS = 37_022_812
+TOKENIZER_SHA256 = "0" * 64  # no text is tokenized here
 
 
 def structured_tokens(count, vocab_size, seed):
@@ -37,17 +38,18 @@ def session_of(env, folder, run_id):
     config = train_gpt.load_config({name: str(value) for name, value in env.items()})
     files = train_gpt.RunFiles(run_id)
     log = train_gpt.Log(True, files.events, files.text_log)
-    return train_gpt.Session(config, train_gpt.Runtime({}, config), log, train_gpt.Clock(), files)
+    inputs = train_gpt.Inputs("", 200_000, "", TOKENIZER_SHA256)
+    return train_gpt.Session(config, train_gpt.Runtime({}, config), log, train_gpt.Clock(), files,
+                             inputs)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder to run in, with shards, and a file in the tokenizer's place."""
+    """A folder to run in, with shards."""
     path, shards = tmp_path_factory.mktemp("default_shapes"), load_shards_module()
     (path / "shards").mkdir()
     shards.write_shard(path / "shards" / "fineweb_train_000000.bin",
                        structured_tokens(60_000, 8192, seed=1))
-    (path / "tokenizer").write_bytes(b"only its hash is asked for")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         yield path
@@ -56,8 +58,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def text():
     """One window of validation text, two bytes a token."""
-    tokens = structured_tokens(2049, 8192, seed=2)
-    return train_gpt.Validation(tokens, np.full(2048, 2), 4096, "table", 2048, 2048, "")
+    tokens = structured_tokens(2049, 8192, seed=2).astype(np.uint16)
+    return train_gpt.Validation(tokens, np.full(2048, 2, np.uint16), 4096, "table", 2048, 2048, "")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,11 @@ def trained(folder):
     The step is a twentieth of a real first one, which overshoots as in the published logs. Losses
     are those of its batch before and after.
     """
-    env = {**SETTINGS, "DATA_PATH": folder / "shards", "TOKENIZER_PATH": folder / "tokenizer"}
+    env = {**SETTINGS, "DATA_PATH": folder / "shards"}
     session = session_of(env, folder, "step")
     config, runtime = session.config, session.runtime
     trainer = train_gpt.start_training(session)
-    state, layout = trainer.state, trainer.recurrent_layout
+    state, layout = trainer.state, trainer.phases[1].layout
     shards = train_gpt.ShardSet(train_gpt.find_shards(config.shard_dir, "train"),
                                 config.train_seq_len)
     loader = train_gpt.Loader(shards, config, runtime)
@@ -80,27 +82,25 @@ def trained(folder):
     batch = loader.batch(0)
     losses = [trainer.update(batch, layout, rates).item()]
     with torch.inference_mode():
-        parts = [state.model.mean_loss(window[:, :-1], window[:, 1:], layout)
-                 for window in batch.split(1)]
+        parts = [state.model.mean_loss(row, layout) for row in batch.split(1)]
         losses.append(torch.stack(parts).mean().item())
     calibration = train_gpt.Calibration(state.model, config, runtime)
     hessians = calibration.run(layout, loader, session.clock, session.log)
     loader.close()
     header = dict(config=train_gpt.artifact_config(config), order=list(layout.order), steps=1,
-                  tokenizer_sha256=train_gpt.file_sha256(config.tokenizer_file),
+                  tokenizer_sha256=TOKENIZER_SHA256,
                   train_sha256=train_gpt.fingerprint(
                       train_gpt.find_shards(config.shard_dir, "train")))
     weights = {name: p.detach().float() for name, p in state.model.named_parameters()}
     train_gpt.write_tensors(session.files.weights, dict(header, kind="weights"), weights)
-    stats = dict(header, kind="stats", readers=calibration.readers)
-    train_gpt.write_tensors(session.files.stats, stats, hessians)
+    train_gpt.write_tensors(session.files.stats, dict(header, kind="stats"), hessians)
     return session, state.model, layout, losses
 
 
 def loss_of(model, layout, text, runtime):
     """Return the loss of the one window."""
     windows = (2048, 2048, 1)
-    return train_gpt.score(lambda x, y: model.token_losses(x, y, layout), text, windows,
+    return train_gpt.score(lambda batch: model.token_losses(batch, layout), text, windows,
                            runtime).loss
 
 
@@ -111,8 +111,7 @@ def quantize(folder, run_id, source, **settings):
 
 
 def reload(folder, run_id):
-    env = {"DEVICE": "cpu", "STAGE": "evaluate", "TOKENIZER_PATH": folder / "tokenizer",
-           "INPUT_PATH": f"runs/{run_id}"}
+    env = {"DEVICE": "cpu", "STAGE": "evaluate", "INPUT_PATH": f"runs/{run_id}"}
     return train_gpt.load_artifact(session_of(env, folder, f"{run_id}-read"))
 
 

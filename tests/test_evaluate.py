@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import (
     Rank,
+    asked,
+    layouts_of,
     on_ranks,
     random_model,
     random_tokens,
@@ -21,7 +23,6 @@ from toys import (
 from train_gpt import (
     Score,
     Validation,
-    layouts_of,
     load_config,
     load_validation,
     plan_windows,
@@ -34,29 +35,29 @@ from train_gpt import (
 def text_of(num_targets, vocab_size=29, seed=0):
     """Return a random text without token 0, so that 0 tells padding."""
     generator = np.random.default_rng(seed)
-    tokens = generator.integers(1, vocab_size, num_targets + 1)
-    target_bytes = generator.integers(0, 9, num_targets)
+    tokens = generator.integers(1, vocab_size, num_targets + 1, np.uint16)
+    target_bytes = generator.integers(0, 9, num_targets, np.uint16)
     total = int(target_bytes.sum())
     return Validation(tokens, target_bytes, total, "table", num_targets, num_targets, "")
 
 
 def numbered_text(num_targets):
     """Return a text whose tokens are their positions, from 1."""
-    tokens = np.arange(1, num_targets + 2)
-    return Validation(tokens, np.ones(num_targets, np.int64), 0, "table", 0, 0, "")
+    tokens = np.arange(1, num_targets + 2, dtype=np.uint16)
+    return Validation(tokens, np.ones(num_targets, np.uint16), 0, "table", 0, 0, "")
 
 
 def surprise(hidden, target):
     return (7 * hidden + 3 * target) % 101 / 8 + 0.125
 
 
-def prefix_losses(tokens_BT, targets_BS):
+def prefix_losses(batch):
     """A toy model: each loss depends on the target and on every token seen before it, in order."""
-    hidden, states = torch.zeros(len(tokens_BT), dtype=torch.int64), []
-    for t in range(tokens_BT.shape[1]):
-        hidden = (31 * hidden + tokens_BT[:, t] + 1) % 1009
+    hidden, states = torch.zeros(len(batch.tokens), dtype=torch.int64), []
+    for t in range(batch.tokens.shape[1]):
+        hidden = (31 * hidden + batch.tokens[:, t] + 1) % 1009
         states.append(hidden)
-    return surprise(torch.stack(states, 1)[:, -targets_BS.shape[1]:], targets_BS)
+    return surprise(torch.stack(states, 1)[:, -batch.targets.shape[1]:], batch.targets)
 
 
 def slow_score(text, seq_len, stride):
@@ -125,8 +126,8 @@ def test_ranks_share_the_windows(plan, batch, world_size):
     text, found, counts = numbered_text(num_targets), [], []
     for rank in range(world_size):
         mine, shapes = [], set()
-        for tokens, targets, *_ in window_batches(text, (seq_len, stride, batch),
-                                                  Rank(rank, world_size)):
+        for tokens, targets, _ in window_batches(text, (seq_len, stride, batch),
+                                                 Rank(rank, world_size)):
             firsts = tokens[:, 0].numpy()
             mine += (firsts[firsts > 0] - 1).tolist()
             shapes.add((targets.shape[1], tokens.shape))
@@ -142,19 +143,17 @@ def test_ranks_share_the_windows(plan, batch, world_size):
 def test_batches_hold_tokens_their_targets_and_padding(plan, batch):
     num_targets, seq_len, stride = plan
     counted = []
-    for *arrays, span in window_batches(numbered_text(num_targets), (seq_len, stride, batch),
-                                        Rank()):
-        tokens, targets, counts = (x.numpy() for x in arrays)
+    for arrays in window_batches(numbered_text(num_targets), (seq_len, stride, batch), Rank()):
+        tokens, targets, places = (x.numpy() for x in arrays)
         inside = tokens[:, -targets.shape[1]:] > 0
-        assert np.array_equal(counts, inside)
+        assert np.array_equal(places, np.where(inside, targets - 2, -1))
         assert (targets[inside] == tokens[:, -targets.shape[1]:][inside] + 1).all()
         for row in tokens:
             real = row[row > 0]
             assert np.array_equal(row[:len(real)], np.arange(len(real)) + row[0])
             if len(real):
                 assert real[-1] == min(row[0] + seq_len - 1, num_targets)
-        assert np.array_equal(np.sort(targets[inside] - 2), np.arange(*span))
-        counted += (targets[inside] - 2).tolist()
+        counted += places[inside].tolist()
     assert sorted(counted) == list(range(num_targets))
 
 
@@ -189,9 +188,9 @@ def test_padding_never_counts(value, stride):
     """Whatever a model answers at padded positions, the score is that of the text."""
     text = text_of(27)
 
-    def losses_of(tokens_BT, targets_BS):
-        losses = prefix_losses(tokens_BT, targets_BS).double()
-        padded = tokens_BT[:, -targets_BS.shape[1]:] == 0
+    def losses_of(batch):
+        losses = prefix_losses(batch).double()
+        padded = batch.tokens[:, -batch.targets.shape[1]:] == 0
         return losses.masked_fill(padded, value)
 
     found = score(losses_of, text, (16, stride, 3), Rank())
@@ -203,9 +202,9 @@ def test_score_hands_over_no_token_outside_the_window():
     """A position's inputs end at its own token; its target is given as a target alone."""
     text, seen = numbered_text(45), []
 
-    def losses_of(tokens_BT, targets_BS):
-        seen.append((tokens_BT.clone(), targets_BS.clone()))
-        return torch.zeros(targets_BS.shape)
+    def losses_of(batch):
+        seen.append((batch.tokens.clone(), batch.targets.clone()))
+        return torch.zeros(batch.targets.shape)
 
     score(losses_of, text, (16, 4, 1), Rank())
     starts = plan_windows(45, 16, 4)[0]
@@ -223,11 +222,11 @@ def test_score_of_a_model_equals_the_reference():
     params = {name: p.detach().double() for name, p in model.named_parameters()}
     nats = 0.0
     for start, positions in plain.sliding_windows(29, 8, 2):
-        tokens = torch.from_numpy(text.tokens[start:positions[-1] + 1])
+        tokens = torch.from_numpy(text.tokens[start:positions[-1] + 1].astype(np.int64))
         logits = plain.forward(params, tokens[None], layout.order, sizes_of(config))[0]
         odds = logits.log_softmax(-1)
         nats -= sum(odds[p - start, text.tokens[p + 1]].item() for p in positions)
-    found = score(lambda x, y: model.token_losses(x, y, layout), text, (8, 2, 3), Rank())
+    found = score(lambda batch: model.token_losses(batch, layout), text, (8, 2, 3), Rank())
     assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
@@ -289,9 +288,8 @@ def test_windowed_attention_equals_plain_attention_under_its_mask(batch, length,
 
 
 def stream_model(config, windows=4):
-    model = random_model(config, attend=windowed_attention(config.eval_seq_len))
-    model.rotary["train_len"] = windows * config.eval_seq_len
-    return model
+    return random_model(config, attend=windowed_attention(config.eval_seq_len),
+                        train_len=windows * config.eval_seq_len)
 
 
 def test_streaming_is_causal_and_sees_the_window_alone():
@@ -299,11 +297,11 @@ def test_streaming_is_causal_and_sees_the_window_alone():
     config = toy_config(num_layers=2, recur_layers=(), ve_layers=(1,), parallel_start_layer=0)
     model, tokens = stream_model(config), random_tokens(config, 1, 32)
     layout = layouts_of(config)[0]
-    logits = model.logits(tokens, layout)
+    logits = model.logits(asked(tokens), layout)
     for changed in (0, 9, 20):
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 1) % config.vocab_size
-        differs = (model.logits(other, layout) != logits).any(-1)[0].nonzero().flatten()
+        differs = (model.logits(asked(other), layout) != logits).any(-1)[0].nonzero().flatten()
         assert differs.min() == changed
         assert differs.max() <= changed + config.num_layers * (config.eval_seq_len - 1)
 
@@ -312,7 +310,7 @@ def test_streaming_within_one_window_is_the_exact_score():
     config = toy_config()
     layout, text = layouts_of(config)[1], text_of(8)
     exact, stream = random_model(config), stream_model(config)
-    found = [score(lambda x, y, m=m: m.token_losses(x, y, layout), text, plan, Rank()).nats
+    found = [score(lambda batch, m=m: m.token_losses(batch, layout), text, plan, Rank()).nats
              for m, plan in ((exact, (8, 8, 1)), (stream, (32, 24, 1)))]
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 

@@ -154,18 +154,19 @@ def test_a_killed_evaluation_goes_on_where_it_was_with_the_same_digits(
 
 
 @pytest.mark.parametrize("line", [
-    '["other task", 0, 8, 1.5]', '["task", 0, 8', '["task", 0, 8, null]', '["task", 0]', "7", "{}",
-    '["task", Infinity, 8, 1.5]', '["task", 0, 8, "x"]', "[" * 100_000, "9" * 5000, "null", "\0",
-    '["task", 0, 8, {}]', '"task"', '[["task"], 0, 8, 1.5]'])
+    '["other task", 0, 1.5, 8, 9]', '["task", 0, 1.5', '["task", 0, null, 8, 9]', '["task", 0]',
+    "7", "{}", '["task", Infinity, 1.5, 8, 9]', '["task", 0, "x", 8, 9]', "[" * 100_000, "null",
+    "9" * 5000, "\0", '["task", 0, {}, 8, 9]', '"task"', '[["task"], 0, 1.5, 8, 9]',
+    '["task", 0, 1.5, 8]', '["task", 0, 1.5, 8, 9, 10]', '["task", 0, 1.5, Infinity, 9]'])
 def test_a_journal_ignores_what_it_did_not_write(tmp_path, line):
     path = tmp_path / "journal"
-    Journal(path, "task")[8, 16] = 2.5
+    Journal(path, "task")[1] = [2.5, 8, 9]
     with open(path, "a") as file:
         file.write(line)
     journal = Journal(path, "task")
-    assert journal == {(8, 16): 2.5}
-    journal[16, 24] = 3.5
-    assert Journal(path, "task") == {(8, 16): 2.5, (16, 24): 3.5}
+    assert journal == {1: [2.5, 8, 9]}
+    journal[2] = [3.5, 4, 5]
+    assert Journal(path, "task") == {1: [2.5, 8, 9], 2: [3.5, 4, 5]}
 
 
 def test_a_run_goes_on_only_as_it_began(nursery, small_env, tmp_path):
@@ -279,7 +280,7 @@ def test_when_a_rank_fails_its_own_cause_is_told(nursery, small_env, tmp_path):
     (0, "train_gpt, 'fit_artifact'", "fail(MemoryError())", "out of memory"),
     (0, "train_gpt, 'fit_artifact'", "signal_self()", None),
     (0, "train_gpt, 'write_tensors'", "fail(OSError(28, 'No space left'))", "No space left"),
-    (1, "train_gpt, 'collect_stats'", "signal_self()", None),
+    (1, "train_gpt, 'collect_inputs'", "signal_self()", None),
     (1, "train_gpt, 'load_artifact'", "signal_self()", None),
     (1, "train_gpt, 'preflight'", "signal_self()", None),
     (1, "train_gpt, 'load_config'", "signal_self()", None)])
@@ -409,14 +410,14 @@ def test_an_indefinite_hessian_is_damped_counted_and_logged(nursery, small_env, 
     source = tmp_path / "source"
     shutil.copytree(whole[0] / "runs/x", source)
     header, means = train_gpt.read_tensors(source / "final_model.stats", "stats")
-    ill = "blocks.2.mlp.down"
+    ill = "inputs.blocks.2.mlp.down.weight"
     means[ill] = torch.eye(len(means[ill]))
     means[ill][0, 1] = means[ill][1, 0] = 1.05  # eigenvalues 2.05 and -0.05
     train_gpt.write_tensors(source / "final_model.stats", header, means)
     run = nursery.run({**small_env, "STAGE": "quantize", "INPUT_PATH": source}, tmp_path)
     assert run.rc == 0, run.stderr
     (event,) = events(tmp_path, "gptq_redamp")
-    assert event["name"] == f"{ill}.weight" and event["damp"] > train_gpt.GPTQ_DAMP
+    assert event["name"] == ill.removeprefix("inputs.") and event["damp"] > train_gpt.GPTQ_DAMP
 
 
 LITTLE_MEMORY = """

@@ -9,6 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
+    asked,
+    kinds_of,
+    layouts_of,
+    meta_model,
     random_model,
     random_tokens,
     sizes_of,
@@ -18,17 +22,15 @@ from toys import (
 
 from train_gpt import (
     GPT,
-    Linear,
+    Batch,
     Role,
     attention_math,
     attention_sdpa,
     exclude_self,
-    layouts_of,
+    inventory,
     load_config,
-    meta_model,
     partition,
     plan_layout,
-    plan_storage,
     rotary_tables,
     rotate,
     skip_rows,
@@ -118,7 +120,18 @@ def test_roles_follow_from_shapes():
 
 def skips_of(layout):
     """Return (row, target step, source step) of every skip that acts."""
-    return [(row, layout.border + row, layout.border - 1 - row) for row in range(layout.skips)]
+    waiting, found = [], []
+    for at, step in enumerate(layout.steps):
+        if step.skip is not None:
+            found.append((step.skip, at, waiting.pop()))
+        if step.saves:
+            waiting.append(at)
+    return found
+
+
+def split_of(layout):
+    """Return the step at which the lanes split, or the number of steps."""
+    return next((at for at, step in enumerate(layout.steps) if step.splits), len(layout.steps))
 
 
 @pytest.mark.parametrize("env, order, skips", [
@@ -132,14 +145,14 @@ def test_published_orders_and_skips(env, order, skips):
     before, after = layouts_of(load_config(env))
     assert before.order == tuple(range(11)) and after.order == order
     found = [(order[target], order[source]) for _, target, source in skips_of(after)]
-    assert found == skips and after.skips == before.skips == 5
-    assert order[after.lanes_from] == 7 and before.order[before.lanes_from] == 7
+    assert found == skips and len(skips_of(before)) == 5
+    assert order[split_of(after)] == 7 and before.order[split_of(before)] == 7
 
 
 def test_published_skips_into_the_lanes_are_lost():
     """Rows 3 and 4 before recurrence, row 4 after it."""
     before, after = layouts_of(load_config({"PRESET": "pr1471"}))
-    assert (before.skips, after.skips) == (3, 4)
+    assert (len(skips_of(before)), len(skips_of(after))) == (3, 4)
 
 
 @st.composite
@@ -164,8 +177,10 @@ def test_layouts_equal_the_reference(case, to_lanes):
             lanes = step
     rows = plain.skip_map(order, num_layers)
     acting = [(row, target, source) for row, target, source in rows if to_lanes or target <= lanes]
-    assert found.order == tuple(order) and found.lanes_from == lanes
-    assert found.border == len(order) // 2 and skips_of(found) == acting
+    assert found.order == tuple(order) and split_of(found) == lanes
+    assert [step.saves for step in found.steps].index(False) == len(order) // 2
+    assert [step.last for step in found.steps].index(True) == len(order) - 1
+    assert skips_of(found) == acting
     assert len(rows) <= skip_rows(config)
 
 
@@ -186,7 +201,7 @@ def test_forward_equals_the_reference(exact, changes, depth):
     config = toy_config(**changes)
     model, tokens = random_model(config, dtype=torch.float64).double(), random_tokens(config, 2, 8)
     with torch.no_grad():
-        logits = model.logits(tokens, layouts_of(config)[depth])
+        logits = model.logits(asked(tokens), layouts_of(config)[depth])
     expected = reference_logits(config, model, tokens, depth)
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -196,7 +211,7 @@ def test_forward_in_fp32_stays_near_the_reference(changes):
     config = toy_config(**changes)
     model, tokens = random_model(config), random_tokens(config, 2, 8)
     with torch.no_grad():
-        logits = model.logits(tokens, layouts_of(config)[1])
+        logits = model.logits(asked(tokens), layouts_of(config)[1])
     assert logits.dtype == torch.float32
     expected = reference_logits(config, model, tokens, 1)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
@@ -213,7 +228,7 @@ def test_gradients_equal_the_reference(exact, attend, depth):
     order = (config.base_order, config.recurrent_order)[depth]
     expected = plain.loss(params, tokens, targets, order, sizes_of(config))
     expected.backward()
-    loss = model.mean_loss(tokens, targets, layouts_of(config)[depth])
+    loss = model.mean_loss(asked(tokens, targets=targets), layouts_of(config)[depth])
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     for name, p in model.named_parameters():
@@ -229,11 +244,11 @@ def test_no_logit_sees_a_later_token(exact, attend, changes, depth):
     model = random_model(config, dtype=torch.float64, attend=attend)
     layout, tokens = layouts_of(config)[depth], random_tokens(config, 1, 8)
     with torch.no_grad():
-        before = model.logits(tokens, layout)
+        before = model.logits(asked(tokens), layout)
         for t in range(7):
             changed = tokens.clone()
             changed[:, t + 1] = (changed[:, t + 1] + 1) % config.vocab_size
-            moved = (model.logits(changed, layout) - before).abs().amax((0, 2))
+            moved = (model.logits(asked(changed), layout) - before).abs().amax((0, 2))
             assert moved[:t + 1].max() <= 1e-12
             assert moved[t + 1:].min() > 1e-6
 
@@ -245,9 +260,9 @@ def test_tail_is_the_end_of_the_whole(exact, changes, depth):
     model, tokens = random_model(config, dtype=torch.float64), random_tokens(config, 2, 8)
     layout = layouts_of(config)[depth]
     with torch.no_grad():
-        whole = model(tokens, layout)
+        whole = model(asked(tokens), layout)
         for tail in (1, 3, 8):
-            part = model(tokens, layout, tail=tail)
+            part = model(asked(tokens, tail), layout)
             torch.testing.assert_close(part, whole[:, -tail:], rtol=1e-12, atol=1e-12)
 
 
@@ -257,12 +272,12 @@ def test_losses_are_those_of_the_last_positions(exact):
     windows = random_tokens(config, 3, 9)
     tokens, targets, layout = windows[:, :-1], windows[:, 1:], layouts_of(config)[1]
     with torch.no_grad():
-        log_odds = model.logits(tokens, layout).log_softmax(-1)
+        log_odds = model.logits(asked(tokens), layout).log_softmax(-1)
         expected = -log_odds.gather(2, targets[..., None])[..., 0]
         for tail in (2, 8):
-            losses = model.token_losses(tokens, targets[:, -tail:], layout)
+            losses = model.token_losses(asked(tokens, tail, targets), layout)
             torch.testing.assert_close(losses, expected[:, -tail:], rtol=1e-9, atol=1e-9)
-        mean = model.mean_loss(tokens, targets, layout)
+        mean = model.mean_loss(asked(tokens, targets=targets), layout)
         torch.testing.assert_close(mean, expected.mean(), rtol=1e-9, atol=1e-9)
 
 
@@ -271,9 +286,9 @@ def test_sequences_of_a_batch_do_not_mix(exact):
     model, tokens = random_model(config, dtype=torch.float64), random_tokens(config, 3, 8)
     layout = layouts_of(config)[1]
     with torch.no_grad():
-        together = model(tokens, layout)
+        together = model(asked(tokens), layout)
         for i in range(3):
-            alone = model(tokens[i:i + 1], layout)
+            alone = model(asked(tokens[i:i + 1]), layout)
             torch.testing.assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
 
 
@@ -293,7 +308,7 @@ def test_training_starts_at_the_loss_of_an_even_guess():
     windows = random_tokens(config, 1, 97)
     with torch.no_grad():
         for layout in layouts_of(config):
-            loss = model.mean_loss(windows[:, :-1], windows[:, 1:], layout).item()
+            loss = model.mean_loss(Batch.of_windows(windows), layout).item()
             assert loss == pytest.approx(math.log(8192), abs=0.05)
 
 
@@ -333,7 +348,7 @@ def test_untrained_blocks_pass_the_embedding_on(exact, changes, depth):
     model, tokens = GPT(config, dtype=torch.float64), random_tokens(config, 2, 8)
     model.init_weights(0)
     embedded = plain.rms_norm(model.tok_emb.weight[tokens])
-    hidden = model(tokens, layouts_of(config)[depth])
+    hidden = model(asked(tokens), layouts_of(config)[depth])
     torch.testing.assert_close(hidden, embedded, rtol=1e-5, atol=1e-6)
 
 
@@ -411,33 +426,17 @@ def test_cross_entropy_is_that_of_softcapped_logits():
 # ---- what the other rooms rely on ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", ({}, dict(ve_enabled=False), dict(ve_dim=8)))
-def test_input_groups_name_every_matrix_once(changes):
-    model = meta_model(toy_config(**changes))
-    grouped = [name for names in model.input_groups().values() for name in names]
-    matrices = [name for name, p in model.named_parameters() if p.role is Role.MATRIX]
-    assert sorted(grouped) == sorted(matrices)
+@variants
+def test_the_inventory_is_the_model(changes):
+    config = toy_config(**changes)
+    found = [(name, entry.shape, entry.role) for name, entry in inventory(config).items()]
+    assert found == [(name, tuple(p.shape), p.role)
+                     for name, p in random_model(config).named_parameters()]
 
 
 def test_the_record_has_66_matrices_of_six_bits():
-    config = load_config({"PRESET": "pr1471"})
-    model = meta_model(config)
-    storage = plan_storage(model, config)
-    grouped = [name for names in model.input_groups().values() for name in names]
-    six_bit = [name for name in grouped if storage[name] == "int6"]
-    assert len(six_bit) == 66 == list(storage.values()).count("int6")
-
-
-def test_weights_of_a_group_read_what_is_observed():
-    config, inputs = toy_config(), {}
-    model = random_model(config)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            module.register_forward_pre_hook(lambda _, x, name=name: inputs.setdefault(name, x[0]))
-    model(random_tokens(config, 1, 8), layouts_of(config)[0])
-    for observed, names in model.input_groups().items():
-        for name in names:
-            assert torch.equal(inputs[name.removesuffix(".weight")], inputs[observed])
+    kinds = list(kinds_of(load_config({"PRESET": "pr1471"})).values())
+    assert kinds.count("int6") == 66 and kinds.count("int8") == 2
 
 
 def test_bf16_runs_without_autocast():
@@ -448,9 +447,9 @@ def test_bf16_runs_without_autocast():
     narrow = {id(p) for p in tables}
     assert all(p.dtype == torch.float32 for p in model.parameters() if id(p) not in narrow)
     tokens, layout = random_tokens(config, 2, 8), layouts_of(config)[1]
-    hidden, logits = model(tokens, layout), model.logits(tokens, layout)
+    hidden, logits = model(asked(tokens), layout), model.logits(asked(tokens), layout)
     assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
-    model.mean_loss(tokens, tokens, layout).backward()
+    model.mean_loss(asked(tokens), layout).backward()
     assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in model.parameters())
     expected = reference_logits(config, model, tokens, 1)
     assert (logits - expected).square().mean() < 0.02 * expected.square().mean()

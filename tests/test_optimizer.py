@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
     Rank,
+    layouts_of,
     on_ranks,
     random_model,
     random_tokens,
@@ -17,8 +18,10 @@ from toys import (
 )
 
 from train_gpt import (
+    NEWTON_SCHULZ,
     Average,
     Bank,
+    Batch,
     Clock,
     Config,
     Log,
@@ -29,10 +32,10 @@ from train_gpt import (
     Trainer,
     TrainState,
     as_matrices,
-    layouts_of,
     micro_batch_sequences,
     newton_schulz,
     partition,
+    phases,
     schedule,
 )
 
@@ -92,8 +95,9 @@ def test_parameters_and_gradients_become_aligned_views(banked):
 def test_stacks_and_flat_groups_alias_the_parameters(banked):
     model, _, bank = banked
     groups = partition(model)
-    assert sum(len(weights) for weights, _ in bank.matrices) == len(groups[Role.MATRIX])
-    for weights, grads in bank.matrices:
+    assert sum(len(weights) for weights, *_ in bank.matrices) == len(groups[Role.MATRIX])
+    for weights, grads, count in bank.matrices:
+        assert count == len(weights)
         weights.fill_(7.0)
         as_matrices(grads, weights.shape[1:]).fill_(3.0)
     assert all((p == 7).all() and (p.grad == 3).all() for p in groups[Role.MATRIX])
@@ -108,7 +112,7 @@ def test_stacks_and_flat_groups_alias_the_parameters(banked):
 def test_every_matrix_of_a_stack_is_one_parameter(banked):
     model, _, bank = banked
     places = {p.data_ptr(): tuple(p.shape) for p in partition(model)[Role.MATRIX]}
-    stacked = [(w.data_ptr(), tuple(w.shape)) for weights, _ in bank.matrices for w in weights]
+    stacked = [(w.data_ptr(), tuple(w.shape)) for weights, *_ in bank.matrices for w in weights]
     assert dict(stacked) == places and len(stacked) == len(places)
 
 
@@ -118,7 +122,7 @@ def test_backward_accumulates_in_place(banked):
     places = [p.grad.data_ptr() for p in model.parameters()]
     seen = []
     for _ in range(2):
-        model.mean_loss(windows[:, :-1], windows[:, 1:], layout).backward()
+        model.mean_loss(Batch.of_windows(windows), layout).backward()
         seen.append({dtype: flat.clone() for dtype, flat in bank.grads.items()})
     assert places == [p.grad.data_ptr() for p in model.parameters()]
     for dtype, once in seen[0].items():
@@ -133,7 +137,7 @@ def test_backward_accumulates_in_place(banked):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_newton_schulz_equals_the_reference_per_matrix(shape, dtype, tolerance):
     g = torch.randn(shape, dtype=dtype)
-    found = newton_schulz(g, 5, dtype)
+    found = newton_schulz(g, [NEWTON_SCHULZ] * 5, dtype)
     assert found.dtype == dtype
     for i in range(shape[0]):
         expected = plain.newton_schulz(g[i], 5, dtype)
@@ -141,7 +145,7 @@ def test_newton_schulz_equals_the_reference_per_matrix(shape, dtype, tolerance):
 
 
 def test_newton_schulz_flattens_the_spectrum_in_bf16():
-    found = newton_schulz(torch.randn(4, 24, 60), 5, torch.bfloat16)
+    found = newton_schulz(torch.randn(4, 24, 60), [NEWTON_SCHULZ] * 5, torch.bfloat16)
     singular = torch.linalg.svdvals(found.double())
     assert found.dtype == torch.bfloat16
     assert singular.min() > 0.6 and singular.max() < 1.3
@@ -167,7 +171,7 @@ def test_muon_equals_torch_where_rows_are_equally_long(shape):
 
 # ---- a whole step --------------------------------------------------------------------------
 
-STEPS = [Rates(1.0, 0.92, False), Rates(0.7, 0.95, True), Rates(0.1, 0.99, True)]
+STEPS = [Rates(1.0, 0.92), Rates(0.7, 0.95), Rates(0.1, 0.99)]
 
 
 def random_grads(model, step, scale=1.0):
@@ -246,7 +250,7 @@ def test_adamw_equals_torch_on_separate_tensors():
             p.grad.copy_(grads[name])
             q.grad = grads[name].clone()
         optimizers.reduce_and_clip()
-        optimizers.step(Rates(1.0, 0.9, False))
+        optimizers.step(Rates(1.0, 0.9))
         separate.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if p.role is not Role.MATRIX:
@@ -264,7 +268,7 @@ def test_reduced_gradients_are_the_clipped_mean_over_ranks(scale, world_size):
         for name, p in model.named_parameters():
             p.grad.copy_(scale * grads[name])
         optimizers.reduce_and_clip()
-        for (_, whole), mine in zip(optimizers.bank.matrices, optimizers.owned, strict=True):
+        for (_, whole, _), mine in zip(optimizers.bank.matrices, optimizers.owned, strict=True):
             whole.copy_(runtime.gather_rows(mine)())
         return grads, {name: p.grad for name, p in model.named_parameters()}
 
@@ -314,10 +318,9 @@ shares = st.floats(0, 1)
 def test_published_rates():
     rates = schedule(Config(), 2000, 204.6 / 590)
     assert rates.lr_multiplier == pytest.approx(0.907, abs=5e-4)
-    assert rates.muon_momentum == 0.99 and rates.recurrent
-    assert not schedule(Config(), 1999, 1.0).recurrent
-    assert schedule(Config(), 750, 0.1) == Rates(1.0, pytest.approx(0.955), False)
-    assert schedule(Config(), 0, 0.0) == Rates(1.0, 0.92, False)
+    assert rates.muon_momentum == 0.99
+    assert schedule(Config(), 750, 0.1) == Rates(1.0, pytest.approx(0.955))
+    assert schedule(Config(), 0, 0.0) == Rates(1.0, 0.92)
     assert schedule(Config(), 5000, 1.0).lr_multiplier == 0.0
 
 
@@ -353,8 +356,20 @@ def test_momentum_by_share_of_the_run_ignores_steps(progress, frac, step):
 @given(st.integers(0, 100), st.integers(0, 100), shares, shares)
 def test_recurrence_starts_once_by_step_or_by_share(step, start, progress, frac):
     by_step, by_share = toy_config(recur_start_step=start), toy_config(recur_start_frac=frac)
-    assert schedule(by_step, step, progress).recurrent == (step >= start)
-    assert schedule(by_share, step, progress).recurrent == (progress >= frac)
+    for config, begun in ((by_step, step >= start), (by_share, progress >= frac)):
+        trainer = trainer_of(config)
+        trainer.state.step = step
+        assert trainer.due_phase(progress) == begun
+        trainer.state.phase = 1
+        assert trainer.due_phase(progress) == 1, "no phase is gone back to"
+
+
+def test_phases_are_the_orders_of_the_run():
+    first, recurrent = phases(Config())
+    assert (first.start.done(0, 0.0), recurrent.start) == (1.0, (2000, None))
+    assert [first.layout, recurrent.layout] == layouts_of(Config())
+    (only,) = phases(toy_config(recur_layers=()))
+    assert only.layout.order == tuple(range(11))
 
 
 # ---- average -------------------------------------------------------------------------------
@@ -389,14 +404,14 @@ class Windows:
     """Stands in for Loader: the same random windows for every reader of a step."""
 
     def batch(self, step):
-        return random_tokens(toy_config(), 8, 9, seed=step)
+        return Batch.of_windows(random_tokens(toy_config(), 8, 9, seed=step))
 
 
 def trainer_of(config, dtype=torch.float32):
     model = random_model(config, dtype=dtype)
     optimizers = Optimizers(model, config, Rank(dtype=dtype))
     average = Average(optimizers.bank, config.ema_decay)
-    state = TrainState(model, optimizers, average, layouts_of(config)[0])
+    state = TrainState(model, optimizers, average)
     return Trainer(state, config, Rank(dtype=dtype), Log(False), Clock())
 
 
@@ -413,7 +428,7 @@ def test_micro_batches_change_no_gradient(micro_batch_tokens):
     def gradients(**changes):
         config = toy_config(grad_clip_norm=0.0, **changes)
         trainer = trainer_of(config)
-        loss = trainer.update(Windows().batch(0), layouts_of(config)[1], Rates(0.0, 0.9, True))
+        loss = trainer.update(Windows().batch(0), layouts_of(config)[1], Rates(0.0, 0.9))
         return loss, trainer.state.optimizers.bank.grads[torch.float32]
 
     whole, parts = gradients(), gradients(micro_batch_tokens=micro_batch_tokens)
@@ -432,8 +447,7 @@ def test_warm_up_leaves_no_trace(dtype):
     assert not any(momentum.any() for momentum in optimizers.momenta)
     assert len(optimizers.adamw.state) == 0 and trainer.state.step == 0
     assert torch.equal(random_state, torch.get_rng_state())
-    assert set(trainer.step_seconds) == set(layouts_of(trainer.config))
-    assert all(trainer.step_seconds.values()), "each was timed"
+    assert len(trainer.step_seconds) == 2 and all(trainer.step_seconds), "each was timed"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -443,7 +457,7 @@ def test_training_is_the_same_bit_for_bit_with_and_without_warm_up(dtype):
         trainer = trainer_of(config, dtype)
         if warmup_steps:
             trainer.warm_up()
-        trainer.train(Windows(), 0.0, lambda layout: Score(1.0, 1, 1), Path("never-written"))
+        trainer.train(Windows(), 0.0, lambda: Score(1.0, 1, 1), Path("never-written"))
         assert trainer.state.step == 2
         return [*trainer.state.optimizers.bank.weights.values(),
                 *trainer.state.average.shadow.values()]
@@ -456,6 +470,6 @@ def test_training_lowers_the_loss():
     """All parts together learn four windows by heart."""
     config = toy_config(warmdown_frac=0.3, recur_start_step=5)
     trainer = trainer_of(config)
-    windows, layout = random_tokens(config, 4, 9), layouts_of(config)[1]
-    losses = [trainer.update(windows, layout, schedule(config, i, i / 40)) for i in range(40)]
+    batch, layout = Batch.of_windows(random_tokens(config, 4, 9)), layouts_of(config)[1]
+    losses = [trainer.update(batch, layout, schedule(config, i, i / 40)) for i in range(40)]
     assert losses[-1].item() < 0.5 * losses[0].item()

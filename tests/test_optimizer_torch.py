@@ -40,7 +40,7 @@ def turned_gradient(shape, start, angles):
 def test_muon_steps_equal_torchs(world_size):
     """Nesterov momentum, orthogonalisation in bf16, scale by shape and decay, over six steps."""
     config = toy_config(**EVEN, matrix_lr=0.05, muon_wd=0.3)
-    rates = [Rates(multiplier, 0.9, False) for multiplier in (1.0, 1.0, 0.8, 0.6, 0.4, 0.2)]
+    rates = [Rates(multiplier, 0.9) for multiplier in (1.0, 1.0, 0.8, 0.6, 0.4, 0.2)]
     angles = [0.0, 0.5, 1.3, 1.1, 0.2, -0.7]
 
     def gradients(p, number):
@@ -78,7 +78,7 @@ def test_muon_steps_equal_torchs(world_size):
 def test_banked_muon_equals_plain_muon_over_twenty_steps(world_size):
     """One batched orthogonalisation per shape changes no weight by more than 1e-6, in fp32."""
     config = toy_config(grad_clip_norm=0.0)
-    rates = [Rates(1 - step / 20, 0.9 + 0.004 * step, False) for step in range(20)]
+    rates = [Rates(1 - step / 20, 0.9 + 0.004 * step) for step in range(20)]
 
     def gradients(step, number, shape):
         generator = torch.Generator().manual_seed(1000 * step + number)
@@ -134,7 +134,7 @@ def test_adamw_follows_changing_rates_and_a_restart_like_torchs(dtype):
         for group in theirs.param_groups:
             group["lr"] = group["peak"] * multiplier
         optimizers.reduce_and_clip()
-        optimizers.step(Rates(multiplier, 0.9, False))
+        optimizers.step(Rates(multiplier, 0.9))
         theirs.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if p.role is not Role.MATRIX:

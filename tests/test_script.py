@@ -129,7 +129,9 @@ def test_packed_script_is_inert_and_imports_by_path(packed, monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     assert module.__file__ == str(packed)
-    assert module.code_bytes() == packed.stat().st_size
+    inputs, _ = module.take_inputs(module.load_config({"STAGE": "quantize"}))
+    assert inputs.code_bytes == packed.stat().st_size
+    assert inputs.source == script.unpack_script(packed.read_bytes())
     assert Path(module.main.__code__.co_filename).read_text(encoding="utf-8") \
         == script.unpack_script(packed.read_bytes())
 

@@ -61,7 +61,8 @@ class Windows:
 
     def batch(self, step):
         length = self.config.train_seq_len + 1
-        return random_tokens(self.config, self.config.step_windows, length, seed=step)
+        return train_gpt.Batch.of_windows(
+            random_tokens(self.config, self.config.step_windows, length, seed=step))
 
 
 def trainer_of(config):
@@ -72,7 +73,7 @@ def trainer_of(config):
     for group in optimizers.adamw.param_groups:
         group["fused"] = True
     average = Average(optimizers.bank, config.ema_decay)
-    state = TrainState(model, optimizers, average, train_gpt.layouts_of(config)[0])
+    state = TrainState(model, optimizers, average)
     return Trainer(state, config, runtime, Log(False), Clock())
 
 
@@ -85,10 +86,9 @@ def validation(config, num_targets):
 
 
 def scorer(trainer, text, stride):
-    """Return validate(layout) of `train`."""
+    """Return validation() of `train`."""
     windows = trainer.config.eval_seq_len, stride, trainer.config.eval_batch_windows
-    return lambda layout: train_gpt.score(trainer.losses_of(layout), text, windows,
-                                          trainer.runtime)
+    return lambda: train_gpt.score(trainer.losses_of, text, windows, trainer.runtime)
 
 
 # ---- the host ------------------------------------------------------------------------------
@@ -111,10 +111,10 @@ def test_the_guard_sees_what_waits():
 def test_no_step_reads_anything_back(micro_batch_tokens):
     trainer = trainer_of(toy_config(micro_batch_tokens=micro_batch_tokens))
     loader = Windows(trainer.config)
-    for step, layout in enumerate((trainer.plain_layout, trainer.recurrent_layout)):
-        windows, rates = loader.batch(step), Rates(1.0, 0.9, bool(step))
+    for step, phase in enumerate(trainer.phases):
+        batch = loader.batch(step)
         with HostReads() as guard:
-            trainer.update(windows, layout, rates)
+            trainer.update(batch, phase.layout, Rates(1.0, 0.9))
             trainer.state.average.update()
         assert guard.places == {}
 
@@ -127,11 +127,11 @@ def test_the_loop_reads_the_clock_seldom_and_nothing_else(budget_seconds):
                                     recur_start_step=10 ** 6, num_layers=2, recur_layers=()))
     ticks = itertools.count()  # a machine of any speed: a millisecond between any two looks
     trainer.clock = Clock(now=lambda: next(ticks) / 1000)
-    readings, ask = [], trainer.read_clock
-    trainer.read_clock = lambda path: (readings.append(trainer.state.step), ask(path))[1]
+    readings, ask = [], trainer.between_steps
+    trainer.between_steps = lambda path: (readings.append(trainer.state.step), ask(path))[1]
     with HostReads() as guard:
         trainer.train(Windows(trainer.config), budget_seconds,
-                      lambda layout: train_gpt.Score(1.0, 1, 1), Path("never-written"))
+                      lambda: train_gpt.Score(1.0, 1, 1), Path("never-written"))
     assert set(guard.places) <= {"agree", "check_gradients"}
     assert guard.places["check_gradients"] <= len(readings) + 1  # and once after the last step
     assert len([step for step in readings if step >= 10]) <= 1 + (steps - 10) // 15
@@ -142,11 +142,12 @@ def test_no_step_waits_for_the_gpu():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     trainer = trainer_of(toy_config(device="cuda", compile_enabled=False))
-    windows = Windows(trainer.config).batch(0).cuda()
-    trainer.update(windows, trainer.plain_layout, Rates(1.0, 0.9, False))
+    batch = train_gpt.Batch(*(x.cuda() for x in Windows(trainer.config).batch(0)[:2]))
+    layout = trainer.phases[0].layout
+    trainer.update(batch, layout, Rates(1.0, 0.9))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.update(windows, trainer.plain_layout, Rates(1.0, 0.9, False))
+        trainer.update(batch, layout, Rates(1.0, 0.9))
         trainer.state.average.update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -186,7 +187,7 @@ def test_nothing_compiles_after_warm_up(ahead_of_time):
     assert warm > before, "compilation is on"
     validate = scorer(trainer, text, trainer.config.eval_seq_len)
     trainer.train(Windows(trainer.config), 0.0, validate, Path("never-written"))
-    assert trainer.state.layout == trainer.recurrent_layout != trainer.plain_layout
+    assert trainer.state.phase == 1 == len(trainer.phases) - 1
     assert graphs() == warm
 
 
@@ -196,7 +197,7 @@ def test_short_validation_compiles_nothing_either(ahead_of_time):
     trainer.warm_up()
     warm = graphs()
     text = validation(trainer.config, 2 * 8)
-    scorer(trainer, text, trainer.config.eval_seq_len)(trainer.plain_layout)
+    scorer(trainer, text, trainer.config.eval_seq_len)()
     assert graphs() == warm
 
 
@@ -206,6 +207,6 @@ def test_sliding_evaluation_compiles_one_graph_a_shape(ahead_of_time):
     counts = []
     for num_targets in (8 * 9 + 1, 8 * 40 + 3):
         before = graphs()
-        scorer(trainer, validation(trainer.config, num_targets), 2)(trainer.plain_layout)
+        scorer(trainer, validation(trainer.config, num_targets), 2)()
         counts.append(graphs() - before)
     assert counts == [2, 0]

@@ -42,9 +42,10 @@ def sizes_of(config):
         "lane_start": config.parallel_start_layer, "skip_gates": config.skip_gates_enabled}
 
 
-def random_model(config, seed=0, dtype=torch.float32, attend=train_gpt.attention_sdpa):
+def random_model(config, seed=0, dtype=torch.float32, attend=train_gpt.attention_sdpa,
+                 train_len=None):
     """Return a model whose every parameter, zero-start ones included, is random."""
-    model = train_gpt.GPT(config, attend, dtype)
+    model = train_gpt.GPT(config, attend, dtype, train_len)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,6 +56,36 @@ def random_model(config, seed=0, dtype=torch.float32, attend=train_gpt.attention
 def random_tokens(config, batch, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (batch, length), generator=generator)
+
+
+def asked(tokens, tail=None, targets=None):
+    """Return the Batch that asks for rows' last `tail` positions, all by default."""
+    if targets is None:
+        targets = tokens
+    return train_gpt.Batch(tokens, targets[:, -(tail or tokens.shape[1]):])
+
+
+def layouts_of(config):
+    """Return the layouts before and after recurrence starts (equal where there is none)."""
+    return [train_gpt.plan_layout(order, config)
+            for order in (config.base_order, config.recurrent_order)]
+
+
+def meta_model(config):
+    """Return the model without memory for its parameters: names, shapes and roles only."""
+    with torch.device("meta"):
+        return train_gpt.GPT(config)
+
+
+def statistics(hessians, fisher=(), outputs=()):
+    """Return statistics of weights by the names they have in files; each by weight."""
+    kinds = {"inputs.": hessians, "fisher.": dict(fisher), "outputs.": dict(outputs)}
+    return {kind + name: value for kind, found in kinds.items() for name, value in found.items()}
+
+
+def kinds_of(config):
+    """Return how each parameter is stored, by name."""
+    return {name: entry.kind for name, entry in train_gpt.inventory(config).items()}
 
 
 class Rank(train_gpt.Runtime):

@@ -122,7 +122,7 @@ def in_script(device) -> dict:
         num_layers=4, recur_layers=(1, 2), parallel_start_layer=3, xsa_last_n=3, ve_layers=(2, 3),
         ve_dim=6)
     config = train_gpt.Config(**sizes)
-    layout = train_gpt.layouts_of(config)[1]
+    layout = train_gpt.phases(config)[1].layout
     tokens = torch.arange(63, device=device).view(3, 21) * 31 % 77
     found = []
     for names in ((), CANDIDATES):
@@ -134,7 +134,7 @@ def in_script(device) -> dict:
                 for p in model.parameters():
                     p.add_(0.1 * torch.cos(torch.arange(p.numel(), device=device)).view(p.shape))
             step = torch.compile(model.mean_loss, backend="aot_eager", fullgraph=True)
-            loss = step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), layout)
+            loss = step(train_gpt.Batch.of_windows(tokens), layout)
             loss.backward()
             found.append([loss.detach(), *(p.grad for p in model.parameters()
                                            if p.grad is not None)])

@@ -13,7 +13,7 @@ import torch
 DAMP = 0.01  # of the mean diagonal: where x̂ says little, the trained weights stay
 
 
-def observe(model, weights, tokens, layout, names):
+def observe(model, weights, batch, layout, names):
     """Return the inputs (n, C) that each named module saw, those of repeated layers one by one."""
     seen = {name: [] for name in names}
     handles = [model.get_submodule(name).register_forward_pre_hook(
@@ -21,7 +21,7 @@ def observe(model, weights, tokens, layout, names):
                for name in names]
     model.load_state_dict(weights)
     with torch.inference_mode():
-        model(tokens, layout)
+        model(batch, layout)
     for handle in handles:
         handle.remove()
     return seen
@@ -33,7 +33,7 @@ def paired_moments(model, weights, quantised, batches, layout, names):
     for batch in batches:
         full = observe(model, weights, batch, layout, names)
         rough = observe(model, quantised, batch, layout, names)
-        tokens += batch.numel()
+        tokens += batch.tokens.numel()
         for name in names:
             found = torch.stack([sum(a.T @ b for a, b in zip(pair, rough[name], strict=True))
                                  for pair in (rough[name], full[name])])
@@ -41,15 +41,15 @@ def paired_moments(model, weights, quantised, batches, layout, names):
     return {name: tuple(found / tokens) for name, found in moments.items()}
 
 
-def asymmetric_targets(weights, moments, readers):
-    """Return (weights aimed anew, Hessians by module); tables that are looked up stay."""
+def asymmetric_targets(weights, moments):
+    """Return (weights aimed anew, Hessians by weight); tables that are looked up stay."""
     aimed, hessians = dict(weights), {}
     for module, (hessian, cross) in moments.items():
-        hessians[module] = hessian
+        name = f"{module}.weight"
+        hessians[name] = hessian
         hessian, cross = hessian.double(), cross.double()
         damped = hessian + DAMP * hessian.diagonal().mean() * torch.eye(len(hessian))
         move = torch.linalg.solve(damped, (cross - hessian).T).T
-        for name in readers[module]:
-            w = weights[name].double()
-            aimed[name] = (w + w @ move).float()
+        w = weights[name].double()
+        aimed[name] = (w + w @ move).float()
     return aimed, hessians
