@@ -1530,13 +1530,10 @@ class Validation:
     sha256: str
     name: str = "UNKNOWN"  # of the published text it is
 
-    def on(self, device) -> tuple[Tensor, Tensor]:
-        """Return tokens and bytes of targets on a device, two bytes each."""
-        return upload(self, device)
-
 
 @functools.lru_cache(1)  # once for all scores of a run
-def upload(text: Validation, device) -> Any:
+def on_device(text: Validation, device) -> Any:
+    """Return tokens and bytes of targets on a device, two bytes each."""
     return tuple(torch.from_numpy(values.view(np.int16)).to(device)
                  for values in (text.tokens, text.target_bytes))
 
@@ -1670,10 +1667,10 @@ def windowed_attention(window: int):
     return attention_windowed
 
 
-def fa3_attention(flash, **options):
-    """Return causal grouped attention (B, T, H, K) through FlashAttention-3's function `flash`."""
+def fa3_attention(**options):
+    """Return causal grouped attention (B, T, H, K) through FlashAttention-3."""
     def attention_fa3(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-        out = flash(q_BTHK, k_BTGK, v_BTGK, causal=True, **options)
+        out = flash_attn_func(q_BTHK, k_BTGK, v_BTGK, causal=True, **options)
         return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
     return attention_fa3
 
@@ -1694,17 +1691,6 @@ def sdpa_only(*names: str):
     kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
              "math": SDPBackend.MATH}
     return sdpa_kernel([kinds[name] for name in names], set_priority=True)
-
-
-def find_fa3():
-    """Return FlashAttention-3's function, from its own package or through `kernels`, or None."""
-    if flash_attn_func is not None:
-        return flash_attn_func
-    try:
-        from kernels import get_kernel
-        return get_kernel("kernels-community/flash-attn3").flash_attn_func
-    except Exception:  # not installed, or no network: SDPA serves
-        return None
 
 
 def attention_error(function, context, config: Config, runtime: Runtime) -> float:
@@ -1747,10 +1733,10 @@ def choose_attention(config: Config, runtime: Runtime):
         function = attention_sdpa
         within: Any = functools.partial(sdpa_only, name)
         if name == "fa3":
-            if runtime.compute_dtype != torch.bfloat16 or not (flash := find_fa3()):
+            if runtime.compute_dtype != torch.bfloat16 or not flash_attn_func:
                 reason = f"it needs {fa3_needs}"
                 continue
-            function, within = fa3_attention(flash), contextlib.nullcontext
+            function, within = fa3_attention(), contextlib.nullcontext
         try:
             error = attention_error(function, within(), config, runtime)
             reason = f"its result is off by {error:.2g} from plain attention"
@@ -1894,7 +1880,9 @@ class Pass(NamedTuple):
     x0: Tensor  # (B, T, D): the normed embeddings
     rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2)
     value: Any  # (B, T, G * K): the value embedding, if there is one
-    last: slice  # the positions whose targets are asked for
+    value_scales: Any  # a scale for each layer that adds it
+    asked: slice  # the positions whose targets are asked for
+    kept: slice  # those whose outputs matter: all, in the last layer the ones asked for
 
 
 class Linear(nn.Module):
@@ -1920,19 +1908,20 @@ class Attention(nn.Module):
         self.q_gain = parameter(Role.CONTROL, config.qk_gain_init, config.num_heads)
         excludes = layer >= config.num_layers - config.xsa_last_n
         self.exclude_self = exclude_self if excludes else lambda out, v: out
+        adds = config.ve_enabled and layer in config.ve_layers
+        self.value_row = config.ve_layers.index(layer) if adds else None
 
-    def forward(self, x_BTD: Tensor, here: Pass, value_scale: Tensor | None,
-                kept: slice) -> Tensor:
-        """Return what heads read at the positions `kept`, (B, S, D)."""
+    def forward(self, x_BTD: Tensor, here: Pass) -> Tensor:
+        """Return what heads read at the S positions kept, (B, S, D)."""
         v = self.v(x_BTD)  # (B, T, G * K)
-        if value_scale is not None:
-            v = v + here.value * value_scale
-        q = self.q(x_BTD[:, kept]).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
+        if self.value_row is not None:
+            v = v + here.value * here.value_scales[self.value_row]
+        q = self.q(x_BTD[:, here.kept]).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
         k = self.k(x_BTD).unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
         v = v.unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
-        q = rotate(rms_norm(q), *(table[kept] for table in here.rotary))
+        q = rotate(rms_norm(q), *(table[here.kept] for table in here.rotary))
         q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *here.rotary)
-        out = self.exclude_self(self.attend(q, k, v), v[:, kept])  # (B, S, H, K)
+        out = self.exclude_self(self.attend(q, k, v), v[:, here.kept])  # (B, S, H, K)
         return self.out(out.flatten(2).to(x_BTD.dtype))
 
 
@@ -1971,26 +1960,26 @@ class Block(nn.Module):
         mix = self.resid_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
 
-    def attended(self, x: Tensor, here: Pass, value_scale, kept: slice) -> Tensor:
-        out = self.attn(rms_norm(x) * self.norm_scale, here, value_scale, kept)
-        return self.attn_scale.to(x.dtype) * out
+    def attended(self, x: Tensor, here: Pass) -> Tensor:
+        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
 
     def fed_forward(self, x: Tensor) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
 class OneStream:
-    """How a block's halves act on the residual stream: attention, then the MLP on its sum."""
+    """How a block's halves act on the residual stream: attention, then the MLP on its sum.
 
-    def split(self, x: Tensor, here: Pass) -> tuple[Tensor, ...]:
+    Other ways have several streams; skips join the first one.
+    """
+
+    def split(self, x: Tensor, here: Any) -> tuple[Tensor, ...]:
         return (x,)
 
-    def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass, value_scale,
-             kept: slice) -> tuple[Tensor, ...]:
-        """Return the streams after a block; skips join the first one."""
+    def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
         x = block.mix(streams[0], here.x0)
-        added = block.attended(x, here, value_scale, kept)
-        x = x[:, kept] + added
+        added = block.attended(x, here)
+        x = x[:, here.kept] + added
         return (x + block.fed_forward(x),)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
@@ -2004,12 +1993,12 @@ class ScalarLanes(OneStream):
         self.share = share
 
     def split(self, x, here):
-        return x, x[:, here.last]  # the MLP's never reads another position
+        return x, x[:, here.asked]  # the MLP's never reads another position
 
-    def step(self, block, streams, here, value_scale, kept):
+    def step(self, block, streams, here):
         x = block.mix(streams[0], here.x0)
-        added = block.attended(x, here, value_scale, kept)
-        return x[:, kept] + added, streams[1] + block.fed_forward(streams[1])
+        added = block.attended(x, here)
+        return x[:, here.kept] + added, streams[1] + block.fed_forward(streams[1])
 
     def merge(self, streams):
         share = self.share.to(streams[0].dtype)
@@ -2026,9 +2015,11 @@ class ValueEmbedding(nn.Module):
         self.scale = parameter(Role.CONTROL, 0.1)
         self.layer_scales = parameter(Role.CONTROL, 1.0, len(config.ve_layers))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values (B, T, G * K) and a scale for each layer that adds them."""
         value = self.table(tokens_BT)
-        return (value if self.proj is None else self.proj(value)) * self.scale.to(value.dtype)
+        value = value if self.proj is None else self.proj(value)
+        return value * self.scale.to(value.dtype), self.layer_scales.to(value.dtype)
 
 
 class Embedding(nn.Module):
@@ -2057,8 +2048,8 @@ class GPT(nn.Module):
         self.softcap = config.logit_softcap
         self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
                                  config.tied_embed_init_std)
-        self.ve_layers = config.ve_layers if config.ve_enabled else ()
-        self.ve: Any = ValueEmbedding(config, dtype) if self.ve_layers else None
+        adds = config.ve_enabled and config.ve_layers
+        self.ve: Any = ValueEmbedding(config, dtype) if adds else None
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
         size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
@@ -2069,6 +2060,9 @@ class GPT(nn.Module):
         self.rotary = functools.partial(
             rotary_tables, dims=config.rope_dims or config.head_dim, base=config.rope_base,
             train_len=train_len or config.train_seq_len, like=self.tok_emb.weight)
+        # worked out here, not in every kernel that needs them: of all lengths that a run has
+        self.tables = {length: self.rotary(length) for length in (
+            config.train_seq_len, config.eval_seq_len, train_len) if length}
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -2083,15 +2077,12 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
-        tokens = batch.tokens
-        last = slice(tokens.shape[1] - batch.targets.shape[1], None)
-        x0 = rms_norm(self.tok_emb(tokens))
-        scales, value = (), None
-        if self.ve is not None:
-            scales, value = self.ve.layer_scales.to(x0.dtype), self.ve(tokens)
-        here = Pass(batch, x0, self.rotary(tokens.shape[1]), value, last)
-        lanes, waiting = self.stream, []
-        streams: tuple[Tensor, ...] = (x0,)
+        tokens, lanes, waiting = batch.tokens, self.stream, []
+        x0, length = rms_norm(self.tok_emb(tokens)), tokens.shape[1]
+        value = (None, None) if self.ve is None else self.ve(tokens)
+        tables = self.tables[length] if length in self.tables else self.rotary(length)
+        asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
+        here = Pass(batch, x0, tables, *value, asked, slice(None))
         for step in layout.steps:
             block: Any = self.blocks[step.layer]
             if step.skip is not None:
@@ -2099,9 +2090,9 @@ class GPT(nn.Module):
                 streams = self.blend_skip(step.skip, x, waiting.pop()), *others
             if step.splits:
                 lanes, streams = self.lanes, self.lanes.split(streams[0], here)
-            scale = (scales[self.ve_layers.index(step.layer)]
-                     if step.layer in self.ve_layers else None)
-            streams = lanes.step(block, streams, here, scale, last if step.last else slice(None))
+            if step.last:
+                here = here._replace(kept=asked)
+            streams = lanes.step(block, streams, here)
             if step.saves:
                 waiting.append(streams[0])
         return rms_norm(lanes.merge(streams))
@@ -3421,7 +3412,7 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
     rank, ranks = runtime.rank, runtime.world_size
     share = slice(len(starts) * rank // ranks, len(starts) * (rank + 1) // ranks)
     starts, first_scored = starts[share], first_scored[share]
-    tokens, _ = text.on(runtime.device)
+    tokens, _ = on_device(text, runtime.device)
     place = torch.arange(seq_len, device=runtime.device)
     for first in np.unique(first_scored).tolist():
         group = starts[first_scored == first]
@@ -3448,7 +3439,8 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
     not computed again.
     """
     seq_len, stride, batch = windows
-    journal, (_, target_bytes) = {} if journal is None else journal, text.on(runtime.device)
+    journal = {} if journal is None else journal
+    _, target_bytes = on_device(text, runtime.device)
     starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
     planned = len(starts) // runtime.world_size
     sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
@@ -4180,8 +4172,7 @@ class Session:
     def build_stream_model(self, weights: GPT) -> GPT:
         """Return a model of the same weights that reads any length, EVAL_SEQ_LEN tokens back."""
         window = self.config.eval_seq_len
-        flash = find_fa3() if self.backend == "fa3" else None
-        attend = (fa3_attention(flash, window_size=(window - 1, 0)) if flash
+        attend = (fa3_attention(window_size=(window - 1, 0)) if self.backend == "fa3"
                   else windowed_attention(window))
         # no rotation slows down: distances stay short
         model = self.build_model(attend, window * self.config.stream_windows)

@@ -114,14 +114,14 @@ def fused(x_BTHK: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return norm_turn(x_BTHK, gain_H.to(x_BTHK.dtype), cos, sin)
 
 
-def attention_forward(self, x_BTD, here, value_scale, kept):
+def attention_forward(self, x_BTD, here):
     """The script's Attention.forward with `fused` in it."""
     v = self.v(x_BTD)
-    if value_scale is not None:
-        v = v + here.value * value_scale
-    q = self.q(x_BTD[:, kept]).unflatten(-1, (self.heads, -1))
+    if self.value_row is not None:
+        v = v + here.value * here.value_scales[self.value_row]
+    q = self.q(x_BTD[:, here.kept]).unflatten(-1, (self.heads, -1))
     k, v = (y.unflatten(-1, (self.kv_heads, -1)) for y in (self.k(x_BTD), v))
-    q = fused(q, self.q_gain, *(table[kept] for table in here.rotary))
+    q = fused(q, self.q_gain, *(table[here.kept] for table in here.rotary))
     k = fused(k, q.new_ones(self.kv_heads), *here.rotary)
-    out = self.exclude_self(self.attend(q, k, v), v[:, kept])
+    out = self.exclude_self(self.attend(q, k, v), v[:, here.kept])
     return self.out(out.flatten(2).to(x_BTD.dtype))
