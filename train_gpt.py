@@ -1338,6 +1338,9 @@ KNOWN_VALIDATION = {
     (62_021_632, 151_080_362): "canonical sp1024", (45_508_608, 151_074_053): "canonical sp4096",
     (45_516_800, 151_077_493): "sp4096, the export of #1395",
     (40_540_160, 151_078_222): "canonical sp8192", 47_853_344: "canonical sp8192 CaseOps"}
+WHOLE_TEXT_BYTES = 151_080_891  # of that validation text, raw
+OPERATORS = "\ue001\ue002\ue003\ue004"  # of CaseOps (PR #1626 and after); the last escapes one
+SAMPLES, SAMPLE_TOKENS = 2000, 400  # of the validation text, decoded and encoded again
 GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
             "  python data/cached_challenge_fineweb.py --variant sp8192 && python train_gpt.py  "
@@ -1383,7 +1386,7 @@ def open_shard(path: Path) -> np.ndarray:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` (train, val, val_bytes) in lexicographic order."""
     return sorted(path for path in folder.glob(f"fineweb_{split}_*.bin")
-                  if split != "val" or "_bytes_" not in path.name)
+                  if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name))
 
 
 def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
@@ -1510,11 +1513,137 @@ def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.n
     return piece_bytes, leading, boundary
 
 
-def name_validation(by_table: np.ndarray) -> str:
-    """Return the name of a published validation text, or UNKNOWN. by_table: target bytes (N,)."""
-    whole = len(by_table) // 2048 * 2048
-    name = KNOWN_VALIDATION.get((whole, int(by_table[:whole].sum())))
-    return name or KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN")
+class Pieces(NamedTuple):
+    """What each id of a tokenizer stands for, arrays (V,), in bytes of UTF-8.
+
+    table, leading, boundary: of `byte_table`. inside: what the decoder makes of it behind other
+    text; first: as the first of a document. least and most: raw bytes a sidecar may give it.
+    """
+
+    table: np.ndarray
+    leading: np.ndarray
+    boundary: np.ndarray
+    inside: np.ndarray
+    first: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+    unknown: np.ndarray
+    operator: np.ndarray
+    byte: np.ndarray
+    escape: int
+
+
+def read_pieces(processor) -> Pieces:
+    """Return a tokenizer's Pieces; raises ValueError as `byte_table` does."""
+    ids = range(processor.vocab_size())
+    table, leading, boundary = byte_table(processor, len(ids))
+    byte, unknown = (np.array([test(i) for i in ids])
+                     for test in (processor.is_byte, processor.is_unknown))
+    visible = np.flatnonzero(~boundary & ~leading & ~byte)
+    anchor = int(visible[0]) if len(visible) else int(byte.argmax()) + ord("a")
+    skip = len(processor.decode([anchor]))
+    texts = [text[skip:].encode() for text in processor.decode([[anchor, i] for i in ids])]
+    inside = np.where(byte, 1, [len(text) for text in texts])
+    first = np.where(byte, 1, [len(t.encode()) for t in processor.decode([[i] for i in ids])])
+    marks = [processor.piece_to_id(mark) for mark in OPERATORS]
+    operator = np.isin(ids, marks) & (processor.unk_id() not in marks)
+    # NFKC makes at most 33 bytes of 3, of ASCII twice as many; it makes 1 of 4, and white space
+    # and control characters vanish
+    ascii_bytes = np.where(byte, 0, [sum(c < 128 for c in text) for text in texts])
+    spaced = np.array([b" " in text for text in texts])
+    return Pieces(table, leading, boundary, inside.astype(np.uint16), first.astype(np.uint16),
+                  (ascii_bytes / 2 + (inside - ascii_bytes) / 20).astype(np.float32),
+                  np.where(spaced, 65_535, 4 * inside + 256), unknown, operator, byte,
+                  marks[-1] if operator.any() else -1)
+
+
+def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the bytes of each token (N,), uint16: by the table, decoded, and of raw text.
+
+    The last without operators of CaseOps, but for those the text itself holds: behind an ESC that
+    acts. Of a run of ESC every other one acts, from the first on.
+    """
+    after = pieces.boundary[tokens[:-1]]
+    by_table = np.zeros(len(tokens), np.uint16)
+    by_table[1:] = pieces.table[tokens[1:]] + (pieces.leading[tokens[1:]] & ~after)
+    decoded = pieces.inside[tokens]
+    begins = np.flatnonzero(after) + 1
+    decoded[begins] = pieces.first[tokens[begins]]
+    raw, places = decoded.copy(), np.flatnonzero(tokens == pieces.escape)
+    number = np.arange(len(places))
+    runs = np.maximum.accumulate(np.where(np.diff(places, prepend=-2) != 1, number, 0))
+    literal = places[(number - runs) % 2 == 0] + 1
+    raw[pieces.operator[tokens]] = 0
+    literal = literal[literal < len(tokens)]
+    raw[literal] = decoded[literal]
+    return by_table, decoded, raw
+
+
+def byte_fault(tokens: np.ndarray, pieces: Pieces, counts, sidecar) -> str:
+    """Return why the bytes of a text's targets cannot be believed, or nothing; exact, all of it.
+
+    counts: of `count_bytes`.
+    """
+    by_table, decoded, raw = counts
+    if (unknown := pieces.unknown[tokens]).any():
+        return (f"token {unknown.argmax()} is the unknown one: text was lost that no byte counts; "
+                "use a tokenizer with byte fallback")
+    if sidecar is None:
+        if pieces.operator.any():
+            return ("its tokenizer writes CaseOps, whose operators would count as text without a "
+                    "byte sidecar; bring fineweb_val_bytes_*.bin")
+        if (off := by_table[1:] != decoded[1:]).any():
+            counted, true = (int(x[1:].sum(dtype=np.int64)) for x in (by_table, decoded))
+            return (f"the byte table counts {counted} bytes, the tokens decode to {true}; they "
+                    f"differ first at token {off.argmax() + 1}: use another tokenizer, or shards "
+                    "with a byte sidecar")
+        return ""
+    loud = (sidecar > 0) & (raw == 0) & (pieces.boundary | pieces.operator)[tokens]
+    if loud.any():
+        return (f"its byte sidecar gives {sidecar[loud.argmax()]} bytes to token {loud.argmax()}, "
+                "a control or an operator, which has none; fetch or build the sidecar again")
+    if (large := sidecar > pieces.most[tokens]).any():
+        return (f"its byte sidecar gives {sidecar[large.argmax()]} bytes to token "
+                f"{large.argmax()}, which stands for {raw[large.argmax()]}; fetch or build the "
+                "sidecar again")
+    starts = np.union1d([0], np.flatnonzero(pieces.boundary[tokens]))
+    least = np.add.reduceat(np.where(raw > 0, pieces.least[tokens], 0), starts, dtype=np.float64)
+    few = np.add.reduceat(sidecar, starts, dtype=np.int64) + 0.5 < least
+    if few.any():
+        return (f"its byte sidecar has fewer bytes than any text of the document at token "
+                f"{starts[few.argmax()]} can have; fetch or build the sidecar again")
+    return ""
+
+
+def sample_fault(processor, pieces: Pieces, tokens: np.ndarray, count: int) -> str:
+    """Return what is wrong with a text's tokens by samples spread over it, or nothing.
+
+    What a tokenizer decodes, it encodes again to the same ids (all of them, measured); another
+    one of the same size gives back 95 % at most. And what is decoded has the bytes counted.
+    """
+    starts = np.flatnonzero(pieces.boundary[tokens]) + 1
+    starts = np.union1d(np.arange(0, len(tokens), 4096), starts)
+    starts = np.unique(starts[np.linspace(0, len(starts) - 1, count).astype(int)])
+    samples, places = [], []
+    for start in starts.tolist():
+        ids = tokens[start:start + SAMPLE_TOKENS]
+        ids = ids[:int((*pieces.boundary[ids], True).index(True))]
+        whole = np.flatnonzero(~pieces.byte[ids])  # no cut within a character
+        if len(whole):
+            samples.append(ids[whole[0]:whole[-1] + 1].tolist())
+            places.append(start)
+    texts, foreign = processor.decode(samples), []
+    for ids, again, place in zip(samples, processor.encode(texts), places):
+        if (Counter(ids) & Counter(again)).total() < 0.98 * len(ids) - 2:
+            foreign.append(place)
+    if len(foreign) > len(samples) / 1000:
+        return (f"another tokenizer wrote it: text at token {foreign[0]} and at {len(foreign)} of "
+                f"{len(samples)} places is encoded to other ids; set TOKENIZER_PATH to that one")
+    counted = sum(int(pieces.first[ids[0]]) + int(pieces.inside[ids[1:]].sum()) for ids in samples)
+    if counted != (true := sum(len(text.encode()) for text in texts)):
+        return (f"{len(samples)} samples of it decode to {true} bytes, {counted} are counted: its "
+                "byte pieces are no UTF-8; build the shards again")
+    return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -1529,6 +1658,7 @@ class Validation:
     legacy_targets: int  # N without it
     sha256: str
     name: str = "UNKNOWN"  # of the published text it is
+    warnings: tuple[str, ...] = ()
 
 
 @functools.lru_cache(1)  # once for all scores of a run
@@ -1546,37 +1676,62 @@ def load_tokenizer(path: Path):
         raise ValueError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error})") from None
 
 
+def name_validation(by_table: np.ndarray, denominator: int) -> str:
+    """Return the name of a published validation text, or UNKNOWN. by_table: target bytes (N,)."""
+    whole = len(by_table) // 2048 * 2048
+    if name := KNOWN_VALIDATION.get((whole, int(by_table[:whole].sum()))):
+        return name
+    near = abs(denominator - WHOLE_TEXT_BYTES) < 1e-3 * WHOLE_TEXT_BYTES
+    return KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN") if near else "UNKNOWN"
+
+
 def load_validation(config: Config) -> Validation:
     """Return the validation tokens and the bytes each target stands for.
 
     Bytes come from a sidecar (`fineweb_val_bytes_*.bin`, uint16 per token) where one lies beside
-    the shards, else from the tokenizer's byte table. Raises ValueError on inconsistent files, and
-    if the tokenizer cannot be the one that wrote them.
+    the shards, else from the tokenizer's byte table. Raises ValueError where they, the tokens or
+    the tokenizer cannot belong to each other.
     """
     folder, vocab_size = config.shard_dir, config.vocab_size
     processor = load_tokenizer(config.tokenizer_file)
-    tokens = np.concatenate([open_shard(path) for path in find_shards(folder, "val")])
-    piece_bytes, leading, boundary = check_tokenizer(config, processor, tokens)
+    if (pieces := processor.vocab_size()) != vocab_size:
+        raise ValueError(f"TOKENIZER_PATH={config.tokenizer_file}: {pieces} pieces, VOCAB_SIZE="
+                         f"{vocab_size}; set one to match")
+    table, shards = read_pieces(processor), find_shards(folder, "val")
+    tokens = np.concatenate([open_shard(path) for path in shards])
     if len(tokens) < 2 or tokens.max() >= vocab_size:
         raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-    before, after = tokens[:-1], tokens[1:]
-    target_bytes = by_table = piece_bytes[after] + (leading[after] & ~boundary[before])
+    sidecar = None
     if sidecars := find_shards(folder, "val_bytes"):
         sidecar = np.concatenate([open_shard(path) for path in sidecars])
         if len(sidecar) != len(tokens):
             raise ValueError(f"{folder}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
                              "validation tokens; remove it or build it again")
-        target_bytes = sidecar[1:]
-    whole = len(after)
+    counts = count_bytes(tokens, table)
+    if fault := (byte_fault(tokens, table, counts, sidecar)
+                 or sample_fault(processor, table, tokens, SAMPLES)):
+        raise ValueError(f"{folder}: validation text, read with TOKENIZER_PATH="
+                         f"{config.tokenizer_file}: {fault}")
+    by_table, _, raw = (column[1:] for column in counts)
+    target_bytes = by_table if sidecar is None else sidecar[1:]
+    warnings = [f"{path.name}: holds {size} tokens" for path in shards
+                if (size := len(open_shard(path))) < config.eval_seq_len]
+    scored, given_back = (int(x.sum(dtype=np.int64)) for x in (target_bytes, raw))
+    if abs(scored - given_back) > 1e-4 * given_back:
+        warnings.append(f"the score divides by {scored} bytes, the tokens give back {given_back}: "
+                        f"{100 * (scored / given_back - 1):+.3f} %, by what normalisation dropped "
+                        "before they were made, if the sidecar is right")
+    whole = len(target_bytes)
     legacy = whole - whole % config.eval_seq_len
     kept = whole if config.score_tail else legacy
     if not target_bytes[:kept].sum():
         raise ValueError(f"{folder}: {whole} validation targets leave nothing to score with "
                          f"EVAL_SEQ_LEN={config.eval_seq_len} SCORE_TAIL={int(config.score_tail)}")
-    return Validation(tokens[:kept + 1], target_bytes[:kept],
-                      int(by_table[:kept].sum()), "sidecar" if sidecars else "table", whole, legacy,
-                      hashlib.sha256(tokens.tobytes()).hexdigest(), name_validation(by_table))
+    return Validation(tokens[:kept + 1], target_bytes[:kept], int(by_table[:kept].sum()),
+                      "sidecar" if sidecars else "table", whole, legacy,
+                      hashlib.sha256(tokens.tobytes()).hexdigest(),
+                      name_validation(by_table, scored), tuple(warnings))
 
 
 def data_faults(config: Config) -> list[str]:
@@ -1602,26 +1757,18 @@ def data_faults(config: Config) -> list[str]:
     return faults
 
 
-def check_tokenizer(config: Config, processor, tokens: np.ndarray):
-    """Return the tokenizer's `byte_table`; ValueError if it cannot be the one that wrote tokens."""
-    name = f"TOKENIZER_PATH={config.tokenizer_file}"
-    if (pieces := processor.vocab_size()) != config.vocab_size:
-        raise ValueError(f"{name}: {pieces} pieces, VOCAB_SIZE={config.vocab_size}; set one to "
-                         "match")
-    table = byte_table(processor, config.vocab_size)
-    # What a tokenizer decodes, it encodes again to the same ids (all of them, measured); another
-    # one of the same size gives back 95 % at most.
-    ids, kept, whole = tokens[:20_000].tolist(), 0, 0
-    for between, run in itertools.groupby(ids, processor.is_control):
-        document = [] if between else list(run)
-        again = processor.encode(processor.decode(document))
-        kept += (Counter(document) & Counter(again)).total()
-        whole += len(document)
-    if kept < 0.98 * whole:
-        raise ValueError(f"{name}: encodes the validation shard's text to other ids ({kept} of "
-                         f"{whole} agree): another tokenizer wrote it; set TOKENIZER_PATH to that "
-                         "one")
-    return table
+def training_faults(config: Config, files: list[Path]) -> list[str]:
+    """Return which training shards another tokenizer wrote, by some samples of each."""
+    processor = load_tokenizer(config.tokenizer_file)
+    pieces = read_pieces(processor)
+    faults = []
+    for path in files:  # a few stretches of each: all would be gigabytes
+        shard = open_shard(path)
+        places = np.linspace(0, max(0, len(shard) - 4096), 4).astype(int)
+        tokens = np.concatenate([shard[at:at + 4096] for at in places])
+        if len(tokens) and (fault := sample_fault(processor, pieces, tokens, 40)):
+            faults.append(f"{path}: {fault}")
+    return faults
 
 
 # == 4 Kernels: one fast form, one plain form per operation =======================================
@@ -2079,10 +2226,10 @@ class GPT(nn.Module):
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
         tokens, lanes, waiting = batch.tokens, self.stream, []
         x0, length = rms_norm(self.tok_emb(tokens)), tokens.shape[1]
-        value = (None, None) if self.ve is None else self.ve(tokens)
+        value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables = self.tables[length] if length in self.tables else self.rotary(length)
         asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
-        here = Pass(batch, x0, tables, *value, asked, slice(None))
+        here = Pass(batch, x0, tables, value, scales, asked, slice(None))
         for step in layout.steps:
             block: Any = self.blocks[step.layer]
             if step.skip is not None:
@@ -3561,10 +3708,11 @@ class Trainer:
             if step <= 6 or step % 10 == 0 or step == steps:
                 self.log.event("warmup_step", step=step, steps=steps)
         if runtime.compiles:  # the evaluation graphs too, in the shape that validation uses
-            batch = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
             with torch.inference_mode():
+                batch = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
+                batch = batch._replace(places=torch.zeros_like(batch.targets))
                 for phase in self.phases:
-                    self.token_losses(batch._replace(places=batch.targets), phase.layout)
+                    self.token_losses(batch, phase.layout)
         for dtype, flat in optimizers.bank.weights.items():
             flat.copy_(saved[dtype])
         optimizers.reset()
@@ -3910,6 +4058,7 @@ class Inputs:
     text: Any = None  # Validation
     shards: Any = None  # ShardSet of the training text
     train_sha256: str = ""  # its fingerprint
+    warnings: tuple[str, ...] = ()  # of what was read
 
 
 def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
@@ -3929,6 +4078,7 @@ def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
             files = find_shards(config.shard_dir, "train")
             shards = ShardSet(files, config.train_seq_len)
             inputs = dataclasses.replace(inputs, shards=shards, train_sha256=fingerprint(files))
+            faults += training_faults(config, files)
             if not shards.num_windows:
                 faults.append(f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
                               f"are less than one window of TRAIN_SEQ_LEN={config.train_seq_len}; "
