@@ -1822,14 +1822,20 @@ def fa3_attention(**options):
     return attention_fa3
 
 
-def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """The same in plain operations, fp32: the yardstick of the others."""
+def attention_math(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, window: int = 0) -> Tensor:
+    """The same in plain operations, fp32: the yardstick of the others. window: 0 for all before."""
     q, k, v = (x.transpose(1, 2).float() for x in (q_BTHK, k_BTGK, v_BTGK))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-    keep = keep.tril(k.shape[2] - q.shape[2])
+    scores, before = q @ k.mT * q.shape[-1] ** -0.5, k.shape[2] - q.shape[2]
+    keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(before)
+    keep &= keep.new_ones(keep.shape).triu(before - (window or k.shape[2]) + 1)
     return (scores.masked_fill(~keep, -math.inf).softmax(-1) @ v).transpose(1, 2).to(q_BTHK.dtype)
+
+
+def windowed_form(name: str, window: int):
+    """Return the windowed attention that goes with a backend of causal attention."""
+    return (fa3_attention(window_size=(window - 1, 0)) if name == "fa3"
+            else windowed_attention(window))
 
 
 def sdpa_only(*names: str):
@@ -1840,58 +1846,102 @@ def sdpa_only(*names: str):
     return sdpa_kernel([kinds[name] for name in names], set_priority=True)
 
 
-def attention_error(function, context, config: Config, runtime: Runtime) -> float:
+def attention_inputs(config: Config, runtime: Runtime, length: int) -> list[Tensor]:
+    """Return random q, k, v of two rows, the same on every machine."""
+    generator, heads = torch.Generator().manual_seed(0), config.num_kv_heads
+    return [torch.randn(2, length, count, config.head_dim, generator=generator).to(
+        runtime.device, runtime.compute_dtype) for count in (config.num_heads, heads, heads)]
+
+
+def attention_error(function, config: Config, runtime: Runtime, window: int = 0) -> float:
     """Return the largest error of an attention function against the plain one, both directions.
 
     Errors of output, of the last queries alone and of gradients are relative to the largest value.
     Raises what a backend that cannot run does.
     """
-    generator, results = torch.Generator().manual_seed(0), []
-    base = [torch.randn(2, 128, heads, config.head_dim, generator=generator)
-            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-    for attend, scope in ((function, context), (attention_math, contextlib.nullcontext())):
-        inputs = [x.to(runtime.device, runtime.compute_dtype).requires_grad_() for x in base]
-        with scope:
-            out, tail = attend(*inputs), attend(inputs[0][:, -32:], *inputs[1:])
-            grads = torch.autograd.grad(out.float().square().sum(), inputs)
+    results, yardstick = [], functools.partial(attention_math, window=window)
+    for attend in (function, yardstick):
+        inputs = [x.requires_grad_() for x in attention_inputs(config, runtime, 128)]
+        out, tail = attend(*inputs), attend(inputs[0][:, -32:], *inputs[1:])
+        grads = torch.autograd.grad(out.float().square().sum(), inputs)
         results.append([x.detach().float() for x in (out, tail, *grads)])
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
     return torch.stack(errors).max().item()  # a NaN stays one, and is above any tolerance
 
 
+def try_attention(name: str, attend, scope, config: Config, runtime: Runtime) -> float:
+    """Run all that a run will ask of a backend, at its lengths; return its error against math.
+
+    scope(*names) -> context in which those backends alone serve. Raises what one that cannot does.
+    """
+    with scope(name):
+        error = attention_error(attend, config, runtime)
+        if config.runs("train"):
+            inputs = [x.requires_grad_() for x in attention_inputs(
+                config, runtime, config.train_seq_len)]
+            torch.autograd.grad(attend(*inputs).float().sum(), inputs)
+        with torch.inference_mode():
+            q, *others = attention_inputs(config, runtime, config.eval_seq_len)
+            attend(q, *others), attend(q[:, -config.eval_stride:], *others)
+    if config.eval_mode == "stream" and config.runs("evaluate"):  # masks need another kernel
+        length, distance, _ = config.stream_plan
+        with scope(name, "math"):
+            error = max(error, attention_error(windowed_form(name, 32), config, runtime, 32))
+            with torch.inference_mode():
+                q, *others = attention_inputs(config, runtime, length)
+                windowed_form(name, config.eval_seq_len)(q[:, -distance:], *others)
+    return error
+
+
+FA3_NEEDS = ("FlashAttention-3 on a GPU with bf16: pip install flash_attn_3 --find-links "
+             "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
+
+
+def attention_backends(config: Config, runtime: Runtime) -> dict[str, tuple]:
+    """Return name -> (function, scope) of the backends to try, best first; scope: `try_attention`.
+
+    ATTENTION_BACKEND names the only one.
+    """
+    def anywhere(*_):
+        return contextlib.nullcontext()
+
+    if runtime.device.type == "cuda":
+        found: dict[str, tuple] = {name: (attention_sdpa, sdpa_only)
+                                   for name in ("cudnn", "flash", "math")}
+        if flash_attn_func and runtime.compute_dtype == torch.bfloat16:
+            found = dict(fa3=(fa3_attention(), anywhere)) | found
+    else:
+        found = dict(sdpa=(attention_sdpa, anywhere), math=(attention_math, anywhere))
+    asked = config.attention_backend
+    return {name: form for name, form in found.items() if asked in ("auto", name)}
+
+
 def choose_attention(config: Config, runtime: Runtime):
     """Return (name, attention function, process-wide context, error against math).
 
-    Tries FA3, cuDNN, flash, math in this order on one small batch, or only ATTENTION_BACKEND.
-    Raises ConfigError when an explicitly asked backend does not work here.
+    Takes the first of `attention_backends` that can do all this run needs. Raises ConfigError when
+    none can, or the ranks come to different ones.
     """
-    cuda, asked = runtime.device.type == "cuda", config.attention_backend
-    if not cuda and asked in ("auto", "math"):
-        name, function = ("sdpa", attention_sdpa) if asked == "auto" else ("math", attention_math)
-        scope = contextlib.nullcontext()
-        return name, function, scope, attention_error(function, scope, config, runtime)
-    reason = "it needs a CUDA device"
-    fa3_needs = ("FlashAttention-3: pip install flash_attn_3 --find-links "
-                 "https://windreamer.github.io/flash-attention3-wheels/cu128_torch291/")
-    if asked == "fa3":
-        reason += f" and {fa3_needs}"
-    names = ("fa3", "cudnn", "flash", "math") if asked == "auto" else (asked,)
-    for name in names if cuda else ():
-        function = attention_sdpa
-        within: Any = functools.partial(sdpa_only, name)
-        if name == "fa3":
-            if runtime.compute_dtype != torch.bfloat16 or not flash_attn_func:
-                reason = f"it needs {fa3_needs}"
-                continue
-            function, within = fa3_attention(), contextlib.nullcontext
+    asked, chosen = config.attention_backend, None
+    reason = f"it needs {FA3_NEEDS}" if asked == "fa3" else "it needs a CUDA device"
+    for name, (attend, scope) in attention_backends(config, runtime).items():
         try:
-            error = attention_error(function, within(), config, runtime)
+            error = try_attention(name, attend, scope, config, runtime)
             reason = f"its result is off by {error:.2g} from plain attention"
         except RuntimeError as failure:
             error, reason = math.inf, str(failure).split("\n")[0]
         if error <= 0.05:
-            return name, function, within(names[-1]), error  # no other backend but math if auto
-    raise ConfigError([f"ATTENTION_BACKEND={asked}: not usable here: {reason}"])
+            names = (name, "math") if config.eval_mode == "stream" else (name,)
+            chosen = name, attend, scope(*names), error
+            break
+    found = runtime.gather((chosen and chosen[0], reason))
+    for rank, (name, why) in enumerate(found):
+        if name is None:
+            raise ConfigError([f"ATTENTION_BACKEND={asked}: not usable here: {why}"], shared=True)
+        if name != found[0][0]:
+            raise ConfigError([f"ATTENTION_BACKEND={asked}: rank 0 comes to {found[0][0]}, rank "
+                               f"{rank} to {name}; set it to one that works on both"], shared=True)
+    return chosen
 
 
 def softcap_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor,
@@ -4322,8 +4372,7 @@ class Session:
     def build_stream_model(self, weights: GPT) -> GPT:
         """Return a model of the same weights that reads any length, EVAL_SEQ_LEN tokens back."""
         window = self.config.eval_seq_len
-        attend = (fa3_attention(window_size=(window - 1, 0)) if self.backend == "fa3"
-                  else windowed_attention(window))
+        attend = windowed_form(self.backend, window)
         # no rotation slows down: distances stay short
         model = self.build_model(attend, window * self.config.stream_windows)
         model.load_state_dict(weights.state_dict())
