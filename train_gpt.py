@@ -1569,6 +1569,8 @@ def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndar
     decoded = pieces.inside[tokens]
     begins = np.flatnonzero(after) + 1
     decoded[begins] = pieces.first[tokens[begins]]
+    if pieces.escape < 0:
+        return by_table, decoded, decoded
     raw, places = decoded.copy(), np.flatnonzero(tokens == pieces.escape)
     number = np.arange(len(places))
     runs = np.maximum.accumulate(np.where(np.diff(places, prepend=-2) != 1, number, 0))
@@ -1627,7 +1629,7 @@ def sample_fault(processor, pieces: Pieces, tokens: np.ndarray, count: int) -> s
     samples, places = [], []
     for start in starts.tolist():
         ids = tokens[start:start + SAMPLE_TOKENS]
-        ids = ids[:int((*pieces.boundary[ids], True).index(True))]
+        ids = ids[:np.append(pieces.boundary[ids], True).argmax()]
         whole = np.flatnonzero(~pieces.byte[ids])  # no cut within a character
         if len(whole):
             samples.append(ids[whole[0]:whole[-1] + 1].tolist())
