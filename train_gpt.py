@@ -3632,9 +3632,8 @@ class Trainer:
 
     def due_phase(self, progress: float) -> int:
         """Return the phase that this step belongs to; none is ever gone back to."""
-        begun = [i for i, phase in enumerate(self.phases)
-                 if phase.start.done(self.state.step, progress) == 1.0]
-        return max(self.state.phase, *begun)
+        begun = sum(phase.start.done(self.state.step, progress) == 1.0 for phase in self.phases)
+        return max(self.state.phase, begun - 1)
 
     def validate(self, validation, elapsed: float):
         """Score the weights as they are, off the clock."""
@@ -3687,8 +3686,7 @@ class Trainer:
         return ConfigError([f"{what} not finite at step {step} (tensors: "
                             f"{', '.join(names[:3]) or 'none yet'}{'…' * (len(names) > 3)}): "
                             "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. "
-                            f"Last good checkpoint: {self.last_checkpoint}"],
-                           shared=True)
+                            f"Last good checkpoint: {self.last_checkpoint}"], shared=True)
 
     def report(self, loss: Tensor, rates: Rates):
         """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names."""
@@ -3707,11 +3705,6 @@ class Trainer:
 
 # == 11 Calibrate =================================================================================
 
-def module_of(model: GPT, name: str) -> nn.Module:
-    """Return the module of a weight."""
-    return model.get_submodule(name.removesuffix(".weight"))
-
-
 def collect_inputs(model: GPT, batch: Batch, layout: Layout, wanted) -> dict[str, Tensor]:
     """Return the sum of x xT over all tokens, fp32, of what weights read; wanted: "inputs.NAME".
 
@@ -3727,7 +3720,7 @@ def collect_inputs(model: GPT, batch: Batch, layout: Layout, wanted) -> dict[str
 
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for name in wanted:
-            module = module_of(model, name.removeprefix("inputs."))
+            module = model.get_submodule(name.removeprefix("inputs.").removesuffix(".weight"))
             tied = isinstance(module, Embedding)
             hooks.enter_context((model if tied else module).register_forward_hook(
                 functools.partial(see, name, tied)))
@@ -3777,8 +3770,8 @@ def collect_fisher(model: GPT, batch: Batch, layout: Layout, wanted,
 
     with contextlib.ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(module_of(model, name).register_forward_hook(
-                watch_gradients(name, add, wanted)))
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.enter_context(module.register_forward_hook(watch_gradients(name, add, wanted)))
         hooks.enter_context(model.register_forward_hook(
             lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
         hooks.callback(model.requires_grad_, True)
@@ -3808,10 +3801,10 @@ class Calibration:
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.model, self.config, self.runtime = model, config, runtime
-        rule, tokens = STEP_RULES[config.rule](config), config.micro_batch_tokens
+        rule = STEP_RULES[config.rule](config)
         self.gradients, self.wanted = rule.gradients, rule.statistics()
-        if rule.gradients:
-            tokens = min(tokens, self.GRADIENT_TOKENS)
+        most = self.GRADIENT_TOKENS if rule.gradients else config.micro_batch_tokens
+        tokens = min(config.micro_batch_tokens, most)
         self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
         self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
         self.batch_seconds = 0.0
@@ -3878,19 +3871,13 @@ class RunFiles:
     """Where a run keeps its products; each stage meets the next one only here."""
 
     def __init__(self, run_id: str):
-        self.run_id, self.folder = run_id, Path("runs", run_id)
+        self.folder = Path("runs", run_id)
         self.weights = self.folder / "final_model.weights"
         self.stats = self.folder / "final_model.stats"
         self.artifact = self.folder / "final_model.int6.ptz"
-        self.scores = self.folder / "scores.json"
-        self.checkpoint = self.folder / "checkpoint"
-        self.identity = self.folder / "run.json"
-        self.events = self.folder / "events.jsonl"
+        self.scores, self.checkpoint = self.folder / "scores.json", self.folder / "checkpoint"
+        self.identity, self.events = self.folder / "run.json", self.folder / "events.jsonl"
         self.text_log = Path("logs", f"{run_id}.txt")
-
-    def product(self, stage: str) -> Path:
-        """Return the file that says a stage has done its work."""
-        return getattr(self, STAGES[stage].writes[0])
 
     def done(self, stage: str, config: Config) -> bool:
         """Return whether a stage has left all it makes."""
@@ -3951,10 +3938,9 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
             stats := source.with_name(files.stats.name)).is_file():
         faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
                       "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
-    made = [files.product(stage) for stage in STAGES
-            if config.runs(stage) and files.product(stage).exists()]
-    made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
-    if made and not config.resume:
+    products = [getattr(files, STAGES[stage].writes[0]) for stage in STAGES if config.runs(stage)]
+    products += [files.checkpoint] * config.runs("train")
+    if not config.resume and (made := [path for path in products if path.exists()]):
         faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
                       "another RUN_ID, or go on with RESUME=1")
     free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
@@ -4161,7 +4147,7 @@ class Session:
     inputs: Inputs
     attend: Any = attention_sdpa
     backend: str = "sdpa"
-    facts: dict = field(default_factory=dict)  # of the result
+    facts: dict = field(default_factory=dict)  # of the stages, for the result
 
     def build_model(self, attend=None, train_len: int | None = None) -> GPT:
         with torch.device(self.runtime.device):
@@ -4221,6 +4207,7 @@ def timed_score(session: Session, kind: str, losses_of, windows, journal=None) -
     found = score(losses_of, session.inputs.text, windows, session.runtime,
                   functools.partial(log.progress, kind), journal)
     facts = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes)
+    session.facts[f"{kind}_bpb"] = found.bpb
     log.event(kind, **facts, eval_ms=1000 * (time.perf_counter() - since))
     return facts
 
@@ -4231,36 +4218,33 @@ def describe_phases(session: Session, trainer: Trainer, budget: float):
     if budget and step_seconds:
         steps = min(steps, int(budget / step_seconds))
     for (start, frac), layout, _ in trainer.phases[1:]:
-        if frac is not None:
-            never, when = frac >= 1, f"at {frac:g} of the run"
-        else:
-            never, when = start >= steps, f"at step {start} of about {steps}"
+        never = start >= steps if frac is None else frac >= 1
+        when = f"at step {start} of about {steps}" if frac is None else f"at {frac:g} of the run"
         if never:
             when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
         session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
                           order=list(layout.order))
 
 
-def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
-                      size: int) -> dict:
+def describe_artifact(session: Session, quantizer: Quantizer, multiplier: float, size: int):
     """Log sizes, steps and bits of a written artifact and return them."""
-    log, specs, code_bytes = session.log, quantizer.specs, session.inputs.code_bytes
+    log, config, code_bytes = session.log, quantizer.config, session.inputs.code_bytes
     total = size + code_bytes
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
     if config.search_k and unused < 0:
-        log.event("overfull", over_bytes=-unused,
-                  parameters=fitting_parameters(config, size, unused + size))
+        fitting = fitting_parameters(config, size, unused + size)
+        log.event("overfull", over_bytes=-unused, parameters=fitting)
     bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, INT6),
                                 embed_bits=quantizer.bits(multiplier, INT8))
-    log.event("bits", multiplier=multiplier, k=multiplier * specs[INT6].k,
-              k_embed=multiplier * specs[INT8].k, rule=config.rule, **bits)
-    log.event("artifact", compressor=config.compressor, bytes=size,
-              path=str(session.files.artifact))
+    k, k_embed = (multiplier * quantizer.specs[kind].k for kind in (INT6, INT8))
+    log.event("bits", multiplier=multiplier, k=k, k_embed=k_embed, rule=config.rule, **bits)
+    path = str(session.files.artifact)
+    log.event("artifact", compressor=config.compressor, bytes=size, path=path)
     log.event("total_size", compressor=config.compressor, bytes=total)
-    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes,
-                total_bytes=total, **bits)
+    sizes = dict(artifact_bytes=size, code_bytes=code_bytes, total_bytes=total)
+    return dict(multiplier=multiplier, **sizes, **bits)
 
 
 def close_run(session: Session):
@@ -4280,16 +4264,19 @@ def close_run(session: Session):
             kept[rule] = value <= limit
             log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
                       value=value, limit=limit, unit=unit)
-    facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
-    log.event("result", text_json=json.dumps(facts), **facts)
+    result: dict[str, Any] = dict(
+        run_id=config.run_id, preset=config.preset, seed=config.seed,
+        code_sha256=session.inputs.code_sha256, **facts, peak_memory_mib=allocated,
+        ledger_seconds=spent, verdicts=kept)
+    log.event("result", text_json=json.dumps(result), **result)
     log.close()
 
 
 # == 12 Stages: preflight, train, quantize, evaluate, main ========================================
 
 
-def train_stage(session: Session) -> dict:
-    """Train, average, calibrate; write weights, then statistics. Returns facts for the result."""
+def train_stage(session: Session):
+    """Train, average, calibrate; write weights, then statistics."""
     config, runtime, log, clock = session.config, session.runtime, session.log, session.clock
     files, inputs = session.files, session.inputs
     with clock.span("setup"):
@@ -4306,38 +4293,38 @@ def train_stage(session: Session) -> dict:
             trainer.losses_of, inputs.text, config.whole_windows, runtime), files.checkpoint)
         log.event("ema")
         state.average.apply()
-    header = dict(config=artifact_config(config), order=list(trainer.layout.order),
-                  steps=state.step, tokenizer_sha256=inputs.tokenizer_sha256,
-                  train_sha256=inputs.train_sha256)
-    if not trained:
-        save_weights(session, state, header)
-    runtime.signals.release()
-    if calibration:
-        calibrate(session, calibration, trainer.layout, loader, header)
-    loader.close()
-    facts: dict[str, Any] = dict(steps=state.step)
-    if not trained:  # else the seconds before the interruption are not known
-        facts.update(training_seconds=round(clock.training_seconds(), 3))
-    with clock.span("validation"):
-        kinds = {"prequant": config.whole_windows}
-        if config.prequant_sliding:
-            kinds["prequant_sliding"] = config.sliding_windows
-        for kind, windows in kinds.items():
-            scored = timed_score(session, kind, trainer.losses_of, windows)
-            facts[f"{kind}_bpb"] = scored["val_bpb"]
-    return facts
-
-
-def save_weights(session: Session, state: TrainState, header: dict):
-    """Write the averaged weights; only then is the checkpoint of no more use."""
-    runtime, log, files = session.runtime, session.log, session.files
-    with session.clock.span("write"):
         # as the model holds them: embeddings rounded to its dtype, as scored and as calibrated
         averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
-        size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), averaged)
-        log.event("weights", bytes=size)
-        log.event("code_size", bytes=session.inputs.code_bytes)
+        log.event("weights", bytes=leave(session, trainer, "weights", averaged))
+        log.event("code_size", bytes=inputs.code_bytes)
+        # only now of no more use
         runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
+    runtime.signals.release()
+    if calibration:
+        log.event("collecting")
+        with clock.span("calibrate"):
+            found = calibration.run(trainer.layout, loader, clock, log)
+        seconds = clock.seconds["calibrate"]
+        log.event("collected", hessians=calibration.hessians(), seconds=seconds)
+        leave(session, trainer, "stats", found)
+    loader.close()
+    session.facts.update(steps=state.step)
+    if not trained:  # else the seconds before the interruption are not known
+        session.facts.update(training_seconds=round(clock.training_seconds(), 3))
+    with clock.span("validation"):
+        timed_score(session, "prequant", trainer.losses_of, config.whole_windows)
+        if config.prequant_sliding:
+            timed_score(session, "prequant_sliding", trainer.losses_of, config.sliding_windows)
+
+
+def leave(session: Session, trainer: Trainer, kind: str, tensors: dict[str, Tensor]) -> int:
+    """Write a product of training with what later stages must know of it; returns its bytes."""
+    inputs = session.inputs
+    header = dict(kind=kind, config=artifact_config(session.config), steps=trainer.state.step,
+                  order=list(trainer.layout.order), tokenizer_sha256=inputs.tokenizer_sha256,
+                  train_sha256=inputs.train_sha256)
+    with session.clock.span("write"):
+        return session.runtime.first(write_tensors, getattr(session.files, kind), header, tensors)
 
 
 def phase_of(header: dict, config: Config, origin) -> int:
@@ -4410,24 +4397,13 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
     return budget
 
 
-def calibrate(session: Session, calibration, layout: Layout, loader: Loader, header: dict):
-    """Collect Hessians on the clock, then write them."""
-    log, clock, before = session.log, session.clock, session.clock.training_seconds()
-    log.event("collecting")
-    with clock.span("calibrate"):
-        hessians = calibration.run(layout, loader, clock, log)
-    log.event("collected", hessians=calibration.hessians(),
-              seconds=clock.training_seconds() - before)
-    with clock.span("write"):
-        session.runtime.first(write_tensors, session.files.stats, dict(header, kind="stats"),
-                              hessians)
-
-
 def quantize_stage(session: Session) -> dict:
     """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
     # GPTQ's error feedback needs all of fp32
     with session.clock.span("quantize"), matmul_precision("highest"):
-        return session.runtime.first(quantize_files, session)
+        facts = session.runtime.first(quantize_files, session)
+    session.facts.update(facts)
+    return facts
 
 
 def quantize_files(session: Session) -> dict:
@@ -4439,8 +4415,7 @@ def quantize_files(session: Session) -> dict:
     check_tensors(weights, forms := weight_forms(config), source)
     check_no_more(set(weights) - set(forms), source)
     if not all(torch.isfinite(w).all() for w in weights.values()):
-        raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower "
-                         "the learning rates")
+        raise ValueError(f"{source}: weights not finite: training diverged; lower learning rates")
     origin = source.with_name(files.stats.name)
     known = calibration_of(config, origin) if config.gptq_enabled else {}
     quantizer = Quantizer(weights, known, config, session.runtime.device)
@@ -4457,7 +4432,7 @@ def quantize_files(session: Session) -> dict:
 
     multiplier, packed = fit_artifact(quantizer, head, limit, report)
     write_file(files.artifact, packed)
-    return describe_artifact(session, config, quantizer, multiplier, len(packed))
+    return describe_artifact(session, quantizer, multiplier, len(packed))
 
 
 def calibration_of(config: Config, origin: Path) -> dict[str, Tensor]:
@@ -4495,33 +4470,32 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     return session, model, layout, hashlib.sha256(data).hexdigest()
 
 
-def evaluate_stage(session: Session) -> dict:
+def evaluate_stage(session: Session):
     """Score the artifact on the validation text: whole windows, then sliding ones."""
     runtime, clock, scores = session.runtime, session.clock, {}
     with clock.span("setup"):
         session, model, layout, digest = load_artifact(session)
         config, text = session.config, session.inputs.text
-    losses = runtime.compile(model.token_losses)
-    kinds = {"roundtrip": (losses, config.whole_windows)}
+
+    def losses_of(model):
+        return functools.partial(runtime.compile(model.token_losses), layout=layout)
+
+    kinds = {"roundtrip": (losses_of(model), config.whole_windows)}
     if config.sliding_window_enabled:
-        kinds["sliding"] = losses, config.sliding_windows
+        kinds["sliding"] = kinds["roundtrip"][0], config.sliding_windows
     if config.eval_mode == "stream":  # another estimator: more context, no restart at each window
-        stream_model = session.build_stream_model(model)
-        kinds["stream"] = runtime.compile(stream_model.token_losses), config.stream_plan
+        kinds["stream"] = losses_of(session.build_stream_model(model)), config.stream_plan
     path = session.files.folder / f"evaluation.{runtime.rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with clock.span("evaluate"):
         for kind, (losses, windows) in kinds.items():
             task = f"{kind} {digest} {text.sha256} {windows} of {runtime.world_size}"
-            scores[kind] = timed_score(session, kind, functools.partial(losses, layout=layout),
-                                       windows, Journal(path, task))
+            scores[kind] = timed_score(session, kind, losses, windows, Journal(path, task))
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
     path.unlink(missing_ok=True)  # what was finished is in the scores now
-    facts = {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
-    whole = scores["roundtrip"]
-    return dict(facts, val_tokens=whole["tokens"], val_bytes=whole["bytes"],
-                val_sha256=text.sha256)
+    tokens, size = (scores["roundtrip"][name] for name in ("tokens", "bytes"))
+    session.facts.update(val_tokens=tokens, val_bytes=size, val_sha256=text.sha256)
 
 
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
@@ -4529,12 +4503,12 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     config = load_config(env)
     runtime = Runtime(env, config)
     tag = runtime.share(time.strftime("%Y%m%d-%H%M%S-") + os.urandom(3).hex())
-    files = RunFiles(config.run_id or tag)
-    source = files.source(config, config.reads) if config.reads else None
-    if runtime.share(source and source.is_file()):  # rank 0's disk holds the files
+    config = dataclasses.replace(config, run_id=config.run_id or tag)
+    files = RunFiles(config.run_id)
+    source = files.source(config, config.reads or "weights")
+    if config.reads and runtime.share(source.is_file()):  # rank 0's disk holds the files
         header = runtime.first(lambda: read_tensors(source, config.reads)[0])
         config = adopt(config, header, config.stage, source)
-    config = dataclasses.replace(config, run_id=files.run_id)
     inputs, faults = preflight(config, runtime, files)
     report = (predict(config, runtime, inputs.code_bytes)
               if runtime.is_main and (check or not faults) else {})
@@ -4552,9 +4526,8 @@ def run(env, check: bool):
     name, attend, scope, error = choose_attention(config, runtime)
     if check:
         if runtime.is_main:
-            if inputs.text:
-                print(f"check: val: {inputs.text.name}")
-            print(f"check: all is well; attention {name}, max error against math {error:.1e}")
+            val = f"check: val: {inputs.text.name}\n" if inputs.text else ""
+            print(f"{val}check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
     with runtime.switches(), scope, runtime.signals:
         begins = not files.identity.exists()
@@ -4562,18 +4535,22 @@ def run(env, check: bool):
             write_file(files.identity, json.dumps(identity(config, inputs), indent=1).encode())
         log = Log(runtime.is_main, files.events, files.text_log)
         clock = Clock(sync=runtime.synchronize, start_seconds=age + time.perf_counter() - began)
-        session = Session(config, runtime, log, clock, files, inputs, attend, name, dict(
-            run_id=files.run_id, preset=config.preset, seed=config.seed,
-            code_sha256=inputs.code_sha256))
+        session = Session(config, runtime, log, clock, files, inputs, attend, name)
         log_head(session, env, report)
         if config.resume and begins:
             log.event("notice", text=f"RESUME=1: {files.folder} holds no run; this one is new")
         log.event("attention", backend=name, max_error=error)
         describe_data(session)
+        work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
         try:
-            run_stages(session)
+            for stage in filter(config.runs, work):
+                if config.resume and runtime.share(files.done(stage, config)):
+                    log.event("resumed", text=f"{stage} was finished before", stage=stage)
+                    session.facts.update(resumed=True)
+                else:
+                    work[stage](session)
         except Interrupted as stop:
-            log.event("interrupted", signal=str(stop), run_id=files.run_id,
+            log.event("interrupted", signal=str(stop), run_id=config.run_id,
                       folder=str(files.folder))
             raise
         except BaseException as error:
@@ -4581,18 +4558,6 @@ def run(env, check: bool):
             raise
         close_run(session)
     runtime.close()
-
-
-def run_stages(session: Session):
-    """Run each stage that STAGE asks for and that a resumed run has not finished before."""
-    config, facts = session.config, session.facts
-    work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
-    for stage in filter(config.runs, work):
-        if config.resume and session.runtime.share(session.files.done(stage, config)):
-            session.log.event("resumed", text=f"{stage} was finished before", stage=stage)
-            facts.update(resumed=True)
-        else:
-            facts.update(work[stage](session))
 
 
 def main(argv: list[str], env) -> int:
