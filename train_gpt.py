@@ -3537,8 +3537,7 @@ class Trainer:
         self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
         self.saved_seconds, self.last_checkpoint = 0.0, "none"
 
-    # the one trained now
-    layout = property(lambda self: self.phases[self.state.phase].layout)
+    layout = property(lambda self: self.phases[self.state.phase].layout)  # as trained now
 
     def losses_of(self, batch: Batch) -> Tensor:
         """Return the nats of each target, as `score` asks for them."""
@@ -3650,11 +3649,10 @@ class Trainer:
 
         Writes `checkpoint` where one is due, or before it raises Interrupted after a signal.
         """
-        self.runtime.synchronize()
-        signals = self.runtime.signals
-        elapsed, number = self.runtime.agree(self.clock.training_seconds(), signals.number)
+        runtime, every = self.runtime, self.config.checkpoint_every_seconds
+        runtime.synchronize()
+        elapsed, number = runtime.agree(self.clock.training_seconds(), runtime.signals.number)
         self.check_gradients()
-        every = self.config.checkpoint_every_seconds
         if number or (every and elapsed - self.saved_seconds >= every):
             self.write_checkpoint(checkpoint, elapsed)
         if number:
@@ -4226,7 +4224,7 @@ def describe_phases(session: Session, trainer: Trainer, budget: float):
                           order=list(layout.order))
 
 
-def describe_artifact(session: Session, quantizer: Quantizer, multiplier: float, size: int):
+def describe_artifact(session: Session, quantizer: Quantizer, multiplier: float, size: int) -> dict:
     """Log sizes, steps and bits of a written artifact and return them."""
     log, config, code_bytes = session.log, quantizer.config, session.inputs.code_bytes
     total = size + code_bytes
@@ -4264,10 +4262,9 @@ def close_run(session: Session):
             kept[rule] = value <= limit
             log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
                       value=value, limit=limit, unit=unit)
-    result: dict[str, Any] = dict(
-        run_id=config.run_id, preset=config.preset, seed=config.seed,
-        code_sha256=session.inputs.code_sha256, **facts, peak_memory_mib=allocated,
-        ledger_seconds=spent, verdicts=kept)
+    result: dict[str, Any] = dict(run_id=config.run_id, preset=config.preset, seed=config.seed,
+                                  code_sha256=session.inputs.code_sha256, **facts,
+                                  peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
     log.event("result", text_json=json.dumps(result), **result)
     log.close()
 
@@ -4297,7 +4294,7 @@ def train_stage(session: Session):
         averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
         log.event("weights", bytes=leave(session, trainer, "weights", averaged))
         log.event("code_size", bytes=inputs.code_bytes)
-        # only now of no more use
+        # of use until the weights are written
         runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
     runtime.signals.release()
     if calibration:
@@ -4416,8 +4413,8 @@ def quantize_files(session: Session) -> dict:
     check_no_more(set(weights) - set(forms), source)
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise ValueError(f"{source}: weights not finite: training diverged; lower learning rates")
-    origin = source.with_name(files.stats.name)
-    known = calibration_of(config, origin) if config.gptq_enabled else {}
+    stats = source.with_name(files.stats.name)
+    known = calibration_of(config, stats) if config.gptq_enabled else {}
     quantizer = Quantizer(weights, known, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
@@ -4505,10 +4502,11 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     tag = runtime.share(time.strftime("%Y%m%d-%H%M%S-") + os.urandom(3).hex())
     config = dataclasses.replace(config, run_id=config.run_id or tag)
     files = RunFiles(config.run_id)
-    source = files.source(config, config.reads or "weights")
-    if config.reads and runtime.share(source.is_file()):  # rank 0's disk holds the files
-        header = runtime.first(lambda: read_tensors(source, config.reads)[0])
-        config = adopt(config, header, config.stage, source)
+    if kind := config.reads:
+        source = files.source(config, kind)
+        if runtime.share(source.is_file()):  # rank 0's disk holds the files
+            header = runtime.first(lambda: read_tensors(source, kind)[0])
+            config = adopt(config, header, config.stage, source)
     inputs, faults = preflight(config, runtime, files)
     report = (predict(config, runtime, inputs.code_bytes)
               if runtime.is_main and (check or not faults) else {})
