@@ -68,7 +68,7 @@ except ImportError:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run. Stages meet in files alone, see FILE_NAMES and HEADERS.
+    """One part of a run. Stages meet in files alone, see RunFiles and HEADERS.
 
     topic: its settings that determine model, codes or score; they travel in the artifact.
     reads: kind of the file it starts from; writes: kinds it leaves, the first one when it is done.
@@ -301,6 +301,7 @@ class Config:
     step_windows = property(lambda c: c.train_batch_tokens // c.train_seq_len)
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
+    codec = property(lambda c: "brotli" if c.compressor == "rans" else c.compressor)  # of the rest
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
     # STEP_RULE=auto stays in files as it is: a later stage may be given a k
     rule = property(lambda c: c.step_rule if c.step_rule != "auto" else
@@ -331,6 +332,9 @@ class Config:
             return self.virtual_order or self.base_order
         end = self.recur_layers[-1] + 1
         return self.base_order[:end] + self.recur_layers + self.base_order[end:]
+
+    # kind of the file that a lone later stage starts from
+    reads = property(lambda c: STAGES[c.stage].reads if c.stage in STAGES else "")
 
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
@@ -398,7 +402,7 @@ def config_faults(config: Config) -> list[str]:
     if config.runs("train") or config.adopted:  # else the input file's settings are still to come
         rules = combination_rules(c)
     rules += [
-        (not c.input_path or (c.stage in STAGES and STAGES[c.stage].reads), "input_path",
+        (not c.input_path or c.reads, "input_path",
          "has a meaning only with STAGE=quantize or STAGE=evaluate"),
         (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
         (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
@@ -705,6 +709,14 @@ class Runtime:
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def seconds_of(self, work, *args) -> float:
+        """Return how long this rank takes for work(*args), its device included."""
+        self.synchronize()
+        since = time.perf_counter()
+        work(*args)
+        self.synchronize()
+        return time.perf_counter() - since
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over all ranks in place."""
@@ -1757,6 +1769,15 @@ def data_faults(config: Config) -> list[str]:
     if not all(shards.values()):
         faults.append(GET_DATA)
     return faults
+
+
+def unread_files(config: Config) -> list[str]:
+    """Return a line about files beside the shards that look like some and are none."""
+    folder, splits = config.shard_dir, ("train", "val", "val_bytes")
+    shards = [path for split in splits for path in find_shards(folder, split)]
+    others = sorted(path.name for path in set(folder.glob("*.bin")).difference(shards))
+    text = f"{folder}: not read, no fineweb_SPLIT_NUMBER.bin: {', '.join(others[:5])}"
+    return [text] if others else []
 
 
 def training_faults(config: Config, files: list[Path]) -> list[str]:
@@ -3484,7 +3505,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
     config = quantizer.config
-    codec = "brotli" if config.compressor == "rans" else config.compressor
+    codec = config.codec
     header = {**header, "raw": ["stream"], "coding": CODING}
 
     def pack_at(multiplier):
@@ -3685,23 +3706,21 @@ class TrainState:
     phase: int = 0
     step: int = 0
 
+    def views(self):
+        """Yield (name, tensor to read or fill) of every weight and of its average."""
+        for name, p in self.model.named_parameters():
+            yield f"weight.{name}", p.detach()
+            yield f"average.{name}", self.optimizers.bank.view(self.average.shadow, p)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return weights, their average and all momenta by name; every rank must call it."""
-        bank, shadow = self.optimizers.bank, self.average.shadow
-        found = self.optimizers.tensors()
-        for name, p in self.model.named_parameters():
-            found[f"weight.{name}"] = p.detach().float()
-            found[f"average.{name}"] = bank.view(shadow, p)
-        return found
+        return self.optimizers.tensors() | {name: view.float() for name, view in self.views()}
 
-    @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], step: int, phase: int):
         """Go on from what `tensors` gave."""
-        bank, shadow = self.optimizers.bank, self.average.shadow
         self.step, self.phase = step, phase
-        for name, p in self.model.named_parameters():
-            p.copy_(tensors[f"weight.{name}"])
-            bank.view(shadow, p).copy_(tensors[f"average.{name}"])
+        for name, view in self.views():
+            view.copy_(tensors[name])
         self.optimizers.load(tensors)
 
 
@@ -3719,9 +3738,11 @@ class Trainer:
         self.first_bad = torch.full((), -1, device=runtime.device)  # step of the first bad norm
         self.saved_seconds, self.last_checkpoint = 0.0, "none"
 
+    layout = property(lambda self: self.phases[self.state.phase].layout)  # as trained now
+
     def losses_of(self, batch: Batch) -> Tensor:
-        """Return the nats of each target, as `score` asks for them, in the layout trained now."""
-        return self.token_losses(batch, self.phases[self.state.phase].layout)
+        """Return the nats of each target, as `score` asks for them."""
+        return self.token_losses(batch, self.layout)
 
     def update(self, batch: Batch, layout: Layout, rates: Rates) -> Tensor:
         """Make one optimizer step on this rank's rows; returns their mean loss, on the device."""
@@ -3752,11 +3773,8 @@ class Trainer:
         turns = itertools.cycle(enumerate(self.phases))
         for step, (phase, (_, layout, seq_len)) in zip(range(1, steps + 1), turns):
             batch = self.synthetic(config.step_windows // runtime.world_size, seq_len)
-            runtime.synchronize()
-            since = time.perf_counter()
-            self.update(batch, layout, schedule(config, 0, 0.0))
-            runtime.synchronize()
-            self.step_seconds[phase] = runtime.agree(time.perf_counter() - since)
+            self.step_seconds[phase] = runtime.agree(
+                runtime.seconds_of(self.update, batch, layout, schedule(config, 0, 0.0)))
             if step <= 6 or step % 10 == 0 or step == steps:
                 self.log.event("warmup_step", step=step, steps=steps)
         if runtime.compiles:  # the evaluation graphs too, in the shape that validation uses
@@ -3795,14 +3813,13 @@ class Trainer:
                 last = state.step >= config.iterations or not pacer.fits()
                 if phase != state.phase and not last:  # else an order never trained were scored
                     state.phase = phase
-                    log.event("recurrence", step=state.step,
-                              order=list(self.phases[phase].layout.order))
+                    log.event("recurrence", step=state.step, order=list(self.layout.order))
                 if last or (every and state.step % every == 0):
                     self.validate(validation, elapsed)
                 if last:
                     break
                 rates = schedule(config, state.step, progress)
-                loss = self.update(loader.batch(state.step), self.phases[phase].layout, rates)
+                loss = self.update(loader.batch(state.step), self.layout, rates)
                 state.average.update()
                 state.step += 1
                 log.progress("training", round(1000 * progress), 1000, began)
@@ -3816,9 +3833,8 @@ class Trainer:
 
     def due_phase(self, progress: float) -> int:
         """Return the phase that this step belongs to; none is ever gone back to."""
-        begun = [i for i, phase in enumerate(self.phases)
-                 if phase.start.done(self.state.step, progress) == 1.0]
-        return max(self.state.phase, *begun)
+        begun = sum(phase.start.done(self.state.step, progress) == 1.0 for phase in self.phases)
+        return max(self.state.phase, begun - 1)
 
     def validate(self, validation, elapsed: float):
         """Score the weights as they are, off the clock."""
@@ -3835,11 +3851,10 @@ class Trainer:
 
         Writes `checkpoint` where one is due, or before it raises Interrupted after a signal.
         """
-        self.runtime.synchronize()
-        signals = self.runtime.signals
-        elapsed, number = self.runtime.agree(self.clock.training_seconds(), signals.number)
+        runtime, every = self.runtime, self.config.checkpoint_every_seconds
+        runtime.synchronize()
+        elapsed, number = runtime.agree(self.clock.training_seconds(), runtime.signals.number)
         self.check_gradients()
-        every = self.config.checkpoint_every_seconds
         if number or (every and elapsed - self.saved_seconds >= every):
             self.write_checkpoint(checkpoint, elapsed)
         if number:
@@ -3851,7 +3866,7 @@ class Trainer:
         state, self.saved_seconds = self.state, elapsed
         with self.clock.span("checkpoint"):
             header = dict(kind="checkpoint", step=state.step, training_seconds=elapsed,
-                          order=list(self.phases[state.phase].layout.order))
+                          order=list(self.layout.order))
             try:
                 self.runtime.first(write_tensors, path, header, state.tensors())
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
@@ -3871,8 +3886,7 @@ class Trainer:
         return ConfigError([f"{what} not finite at step {step} (tensors: "
                             f"{', '.join(names[:3]) or 'none yet'}{'…' * (len(names) > 3)}): "
                             "training diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR. "
-                            f"Last good checkpoint: {self.last_checkpoint}"],
-                           shared=True)
+                            f"Last good checkpoint: {self.last_checkpoint}"], shared=True)
 
     def report(self, loss: Tensor, rates: Rates):
         """Log the mean loss over ranks at the steps TRAIN_LOG_EVERY names."""
@@ -3891,34 +3905,25 @@ class Trainer:
 
 # == 11 Calibrate =================================================================================
 
-def module_of(model: GPT, name: str) -> nn.Module:
-    """Return the module of a weight or of a statistic of it ("inputs.", "fisher.", "outputs.")."""
-    path = name.removesuffix(".weight")
-    return model.get_submodule(re.sub("^(inputs|fisher|outputs)[.]", "", path))
-
-
 def collect_inputs(model: GPT, batch: Batch, layout: Layout, wanted) -> dict[str, Tensor]:
     """Return the sum of x xT over all tokens, fp32, of what weights read; wanted: "inputs.NAME".
 
     A layer that runs twice contributes both inputs. The tied table reads the final hidden state.
     """
-    sums = {}
+    sums: dict[str, Tensor] = {}
 
-    def add(name, x):
-        flat = x.detach().flatten(0, -2).float()
+    def see(name, tied, module, inputs, out):
+        flat = (out if tied else inputs[0]).flatten(0, -2).float()
         if name not in sums:
             sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
         sums[name].addmm_(flat.T, flat)
 
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         for name in wanted:
-            module = module_of(model, name)
-            if isinstance(module, Embedding):
-                hooks.enter_context(model.register_forward_hook(
-                    lambda *call, name=name: add(name, call[-1])))
-            else:
-                hooks.enter_context(module.register_forward_pre_hook(
-                    lambda _, inputs, name=name: add(name, inputs[0])))
+            module = model.get_submodule(name.removeprefix("inputs.").removesuffix(".weight"))
+            tied = isinstance(module, Embedding)
+            hooks.enter_context((model if tied else module).register_forward_hook(
+                functools.partial(see, name, tied)))
         model(batch, layout)
     return sums
 
@@ -3965,8 +3970,8 @@ def collect_fisher(model: GPT, batch: Batch, layout: Layout, wanted,
 
     with contextlib.ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(module_of(model, name).register_forward_hook(
-                watch_gradients(name, add, wanted)))
+            module = model.get_submodule(name.removesuffix(".weight"))
+            hooks.enter_context(module.register_forward_hook(watch_gradients(name, add, wanted)))
         hooks.enter_context(model.register_forward_hook(
             lambda *call: add("inputs.tok_emb.weight", outer(call[-1]))))
         hooks.callback(model.requires_grad_, True)
@@ -3996,10 +4001,10 @@ class Calibration:
 
     def __init__(self, model: GPT, config: Config, runtime: Runtime):
         self.model, self.config, self.runtime = model, config, runtime
-        rule, tokens = STEP_RULES[config.rule](config), config.micro_batch_tokens
+        rule = STEP_RULES[config.rule](config)
         self.gradients, self.wanted = rule.gradients, rule.statistics()
-        if rule.gradients:
-            tokens = min(tokens, self.GRADIENT_TOKENS)
+        most = self.GRADIENT_TOKENS if rule.gradients else config.micro_batch_tokens
+        tokens = min(config.micro_batch_tokens, most)
         self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
         self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
         self.batch_seconds = 0.0
@@ -4033,11 +4038,8 @@ class Calibration:
     def measure(self, layout: Layout, batch: Batch):
         """Time one batch of synthetic windows."""
         for _ in range(2):  # the first one warms the library up
-            self.runtime.synchronize()
-            since = time.perf_counter()
-            self.collect(layout, batch, 0)
-            self.runtime.synchronize()
-            self.batch_seconds = self.runtime.agree(time.perf_counter() - since)
+            seconds = self.runtime.seconds_of(self.collect, layout, batch, 0)
+        self.batch_seconds = self.runtime.agree(seconds)
 
     def reserve_seconds(self) -> float:
         """Return the training time to keep: as measured, a fifth and a quarter second more."""
@@ -4069,34 +4071,23 @@ class RunFiles:
     """Where a run keeps its products; each stage meets the next one only here."""
 
     def __init__(self, run_id: str):
-        self.run_id, self.folder = run_id, Path("runs", run_id)
+        self.folder = Path("runs", run_id)
         self.weights = self.folder / "final_model.weights"
         self.stats = self.folder / "final_model.stats"
         self.artifact = self.folder / "final_model.int6.ptz"
-        self.scores = self.folder / "scores.json"
-        self.checkpoint = self.folder / "checkpoint"
-        self.identity = self.folder / "run.json"
-        self.events = self.folder / "events.jsonl"
+        self.scores, self.checkpoint = self.folder / "scores.json", self.folder / "checkpoint"
+        self.identity, self.events = self.folder / "run.json", self.folder / "events.jsonl"
         self.text_log = Path("logs", f"{run_id}.txt")
-
-    def product(self, stage: str) -> Path:
-        """Return the file that says a stage has done its work."""
-        return getattr(self, STAGES[stage].writes[0])
 
     def done(self, stage: str, config: Config) -> bool:
         """Return whether a stage has left all it makes."""
         return all(getattr(self, kind).exists() for kind in STAGES[stage].writes
                    if kind != "stats" or config.gptq_enabled)
 
-    def source(self, config: Config, product: Path) -> Path:
-        """Return where a stage reads `product`: INPUT_PATH (a run or the file), else this run."""
+    def source(self, config: Config, kind: str) -> Path:
+        """Return where a stage reads its file: INPUT_PATH (a run or the file), or this run's."""
         given = Path(config.input_path or self.folder)
-        return given if given.is_file() else given / product.name
-
-    def stage_input(self, config: Config) -> tuple[Path, str] | None:
-        """Return (file, kind) of what a lone later stage starts from."""
-        kind = STAGES[config.stage].reads if config.stage in STAGES else ""
-        return (self.source(config, getattr(self, kind)), kind) if kind else None
+        return given if given.is_file() else given / getattr(self, kind).name
 
 
 @dataclass(frozen=True, eq=False)
@@ -4118,42 +4109,44 @@ def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
     code = Path(__file__).read_bytes()
     # a packed script runs from its unpacked text, while __file__ is the file that counts
     source = Path(take_inputs.__code__.co_filename).read_text(encoding="utf-8")
-    inputs = Inputs(source, len(code), hashlib.sha256(code).hexdigest())
+    found: dict[str, Any] = dict(source=source, code_bytes=len(code),
+                                 code_sha256=hashlib.sha256(code).hexdigest())
     faults = data_faults(config)
-    if faults or not config.text or sentencepiece is None:
-        return inputs, faults
     try:
-        tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
-        inputs = dataclasses.replace(inputs, text=load_validation(config),
-                                     tokenizer_sha256=tokenizer)
-        if "train" in config.text:
-            files = find_shards(config.shard_dir, "train")
-            shards = ShardSet(files, config.train_seq_len)
-            inputs = dataclasses.replace(inputs, shards=shards, train_sha256=fingerprint(files))
-            faults += training_faults(config, files)
-            if not shards.num_windows:
-                faults.append(f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
+        if config.text and sentencepiece and not faults:
+            tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
+            text, warnings = load_validation(config), unread_files(config)
+            found.update(text=text, tokenizer_sha256=tokenizer)
+            if "train" in config.text:
+                files = find_shards(config.shard_dir, "train")
+                shards = ShardSet(files, config.train_seq_len)
+                found.update(shards=shards, train_sha256=fingerprint(files))
+                warnings += [f"{path.name}: holds no window of TRAIN_SEQ_LEN tokens" for path, count
+                             in zip(files, np.diff(shards.first)) if not count]
+                faults = training_faults(config, files)
+                if not shards.num_windows:
+                    faults = [f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
                               f"are less than one window of TRAIN_SEQ_LEN={config.train_seq_len}; "
-                              "lower it or bring more text")
+                              "lower it or bring more text"]
+            found.update(warnings=(*text.warnings, *warnings))
     except (ValueError, OSError) as error:
-        faults.append(str(error))
-    return inputs, faults
+        faults = [str(error)]
+    return Inputs(**found), faults
 
 
 def file_faults(config: Config, files: RunFiles) -> list[str]:
     """Return missing inputs, products that would be overwritten, and a full or closed disk."""
-    faults, start = [], files.stage_input(config)
-    if start and not start[0].is_file():
-        faults.append(f"STAGE={config.stage}: {start[0]} does not exist; set RUN_ID or INPUT_PATH "
+    faults, source = [], files.source(config, config.reads) if config.reads else None
+    if source and not source.is_file():
+        faults.append(f"STAGE={config.stage}: {source} does not exist; set RUN_ID or INPUT_PATH "
                       "to a run that has it")
-    elif start and start[1] == "weights" and config.gptq_enabled and not (
-            stats := start[0].with_name(files.stats.name)).is_file():
+    elif source and config.reads == "weights" and config.gptq_enabled and not (
+            stats := source.with_name(files.stats.name)).is_file():
         faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
                       "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
-    made = [files.product(stage) for stage in STAGES
-            if config.runs(stage) and files.product(stage).exists()]
-    made += [files.checkpoint] * (config.runs("train") and files.checkpoint.exists())
-    if made and not config.resume:
+    products = [getattr(files, STAGES[stage].writes[0]) for stage in STAGES if config.runs(stage)]
+    products += [files.checkpoint] * config.runs("train")
+    if not config.resume and (made := [path for path in products if path.exists()]):
         faults.append(f"RUN_ID={config.run_id}: {made[0]} exists and would be overwritten; choose "
                       "another RUN_ID, or go on with RESUME=1")
     free, need = shutil.disk_usage(".").free, disk_need_bytes(config)
@@ -4213,10 +4206,12 @@ def package_faults(config: Config) -> list[str]:
     faults, sample = [], bytes(range(256)) * 8
     if sentencepiece is None and config.text:
         faults.append("sentencepiece is not installed: pip install sentencepiece")
-    if config.compressor == "brotli" and brotli is None:
-        return [*faults, "COMPRESSOR=brotli: brotli is not installed: pip install 'brotli>=1.2'"]
+    if config.codec == "brotli" and brotli is None:
+        return [*faults, f"COMPRESSOR={config.compressor}: brotli is not installed: pip install "
+                "'brotli>=1.2'"]
     try:
-        assert decompress(compress(sample, config.compressor), config.compressor, 2048) == sample
+        if decompress(compress(sample, config.codec), config.codec, 2048) != sample:
+            raise ValueError("other bytes come back")
     except Exception as error:  # a coder too old for bounded decompression, say
         faults.append(f"COMPRESSOR={config.compressor}: round trip failed ({error}); "
                       "pip install -U 'brotli>=1.2'")
@@ -4262,14 +4257,11 @@ def matmul_flops_per_second(runtime: Runtime) -> float:
     """Return the rate of one large matrix product on this device, measured over about 0.2 s."""
     size = 4096 if runtime.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=runtime.device, dtype=runtime.compute_dtype)
-    a @ a  # warms the library up
-    runtime.synchronize()
-    since, done = time.perf_counter(), 0
-    while time.perf_counter() - since < 0.2:
-        a @ a
-        runtime.synchronize()
-        done += 1
-    return done * 2 * size ** 3 / (time.perf_counter() - since)
+    runtime.seconds_of(torch.mm, a, a)  # warms the library up
+    seconds = []
+    while sum(seconds) < 0.2:
+        seconds.append(runtime.seconds_of(torch.mm, a, a))
+    return len(seconds) * 2 * size ** 3 / sum(seconds)
 
 
 def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
@@ -4285,7 +4277,7 @@ def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
     return min(config.iterations, int(limit / seconds)) if limit else config.iterations, seconds
 
 
-def saved_activation_bytes(config: Config, sequences: int, dtype) -> int:
+def saved_activation_bytes(config: Config, runtime: Runtime) -> int:
     """Return the bytes one eager training forward keeps for its backward.
 
     Found by tracing it without memory, as on a CPU whatever the device.
@@ -4299,7 +4291,8 @@ def saved_activation_bytes(config: Config, sequences: int, dtype) -> int:
         return tensor
 
     with FakeTensorMode(), torch.device("cpu"):
-        model = GPT(config, dtype=dtype)
+        model = GPT(config, dtype=runtime.compute_dtype)
+        sequences = micro_batch_sequences(config, runtime.world_size)
         rows = torch.zeros(sequences, config.train_seq_len + 1, dtype=torch.int64)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -4313,13 +4306,11 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
     0 where it cannot be told.
     """
     embeds, matrices, controls = (count_parameters(config, role) for role in Role)
-    low, others = runtime.compute_dtype.itemsize, matrices + controls
-    optimizer = 2 * low * embeds + 8 * controls + 4 * matrices / runtime.world_size
-    # weights, gradients, the warm-up's copy; average; moments
-    state = 3 * (low * embeds + 4 * others) + 4 * (embeds + others) + optimizer
-    sequences = micro_batch_sequences(config, runtime.world_size)
+    # bytes each of weights, gradients, the warm-up's copy, moments; 4 of the average
+    state = ((5 * runtime.compute_dtype.itemsize + 4) * embeds + 24 * controls
+             + (16 + 4 / runtime.world_size) * matrices)
     try:
-        activations = saved_activation_bytes(config, sequences, runtime.compute_dtype)
+        activations = saved_activation_bytes(config, runtime)
     except Exception:  # tracing leans on torch's internals, and a forecast must not end a run
         return 0
     if runtime.compiles:  # PR #1471's logs show 33,093 MiB where eager graphs keep 57,902
@@ -4332,21 +4323,19 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
 def predict(config: Config, runtime: Runtime, code_bytes: int) -> dict:
     """Return what can be told before a run, without data; `text_report` says it in a line."""
     parameters = count_parameters(config)
-    report: dict[str, Any] = dict(parameters=parameters)
-    parts = [f"{parameters} parameters"]
+    report, text = dict[str, Any](parameters=parameters), f"{parameters} parameters"
     if config.runs("train"):
         steps, seconds = predict_steps(config, runtime)
         peak_mib = predict_peak_bytes(config, runtime) >> 20
         report.update(steps=steps, step_ms=round(1000 * seconds, 1), peak_mib=peak_mib)
         rule = "a rough guess" if config.max_wallclock_seconds else "bounded by ITERATIONS"
-        parts += [f"{steps} steps of about {1000 * seconds:.0f} ms ({rule})",
-                  f"peak memory about {peak_mib} MiB on {runtime.device.type}"]
+        text += (f"; {steps} steps of about {1000 * seconds:.0f} ms ({rule}); peak memory about "
+                 f"{peak_mib} MiB on {runtime.device.type}")
     if config.runs("quantize"):
-        total, remark = predict_artifact_bytes(config, code_bytes)
-        report.update(total_bytes=total)
-        parts.append(f"code + artifact about {total} of {config.artifact_max_bytes} bytes: "
-                     f"{remark}")
-    return dict(report, text_report="; ".join(parts))
+        report["total_bytes"], remark = predict_artifact_bytes(config, code_bytes)
+        text += (f"; code + artifact about {report['total_bytes']} of {config.artifact_max_bytes} "
+                 f"bytes: {remark}")
+    return dict(report, text_report=text)
 
 
 # == 11c Report: what a run says of itself =======================================================
@@ -4366,6 +4355,7 @@ class Session:
     inputs: Inputs
     attend: Any = attention_sdpa
     backend: str = "sdpa"
+    facts: dict = field(default_factory=dict)  # of the stages, for the result
 
     def build_model(self, attend=None, train_len: int | None = None) -> GPT:
         with torch.device(self.runtime.device):
@@ -4399,28 +4389,36 @@ def log_head(session: Session, env, report: dict):
     log.event("overrides", text_values=text or "none", values=changed)
     for line in notices(config, env) + runtime.notices():
         log.event("notice", text=line)
+    for line in session.inputs.warnings:
+        log.event("notice", text=f"warning: {line}")
+        session.facts["warnings"] = list(session.inputs.warnings)
     log.event("preflight", **report)
 
 
 def describe_data(session: Session):
-    """Log what is scored and by which bytes."""
-    text, log = session.inputs.text, session.log
-    scored = len(text.target_bytes)
-    log.event("val_data", scored_tokens=scored)
-    log.event("val_name", name=text.name)
-    log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
-              legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
-              table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
+    """Log what the run reads: what it trains on, what is scored and by which bytes."""
+    inputs, text, log = session.inputs, session.inputs.text, session.log
+    if shards := inputs.shards:
+        log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens,
+                  windows=shards.num_windows, sha256=inputs.train_sha256)
+    if text:
+        scored = len(text.target_bytes)
+        log.event("val_data", scored_tokens=scored)
+        log.event("val_name", name=text.name)
+        log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
+                  legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
+                  table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
 
 
-def timed_score(session: Session, kind: str, losses_of, windows, journal=None) -> Score:
+def timed_score(session: Session, kind: str, losses_of, windows, journal=None) -> dict:
     """Score the text and log it as event `kind` with its time. windows: as `score` takes them."""
     log, since = session.log, time.perf_counter()
     found = score(losses_of, session.inputs.text, windows, session.runtime,
-                  lambda done, total, began: log.progress(kind, done, total, began), journal)
-    log.event(kind, val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes,
-              eval_ms=1000 * (time.perf_counter() - since))
-    return found
+                  functools.partial(log.progress, kind), journal)
+    facts = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes)
+    session.facts[f"{kind}_bpb"] = found.bpb
+    log.event(kind, **facts, eval_ms=1000 * (time.perf_counter() - since))
+    return facts
 
 
 def describe_phases(session: Session, trainer: Trainer, budget: float):
@@ -4429,41 +4427,38 @@ def describe_phases(session: Session, trainer: Trainer, budget: float):
     if budget and step_seconds:
         steps = min(steps, int(budget / step_seconds))
     for (start, frac), layout, _ in trainer.phases[1:]:
-        if frac is not None:
-            never, when = frac >= 1, f"at {frac:g} of the run"
-        else:
-            never, when = start >= steps, f"at step {start} of about {steps}"
+        never = start >= steps if frac is None else frac >= 1
+        when = f"at step {start} of about {steps}" if frac is None else f"at {frac:g} of the run"
         if never:
             when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
         session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
                           order=list(layout.order))
 
 
-def describe_artifact(session: Session, config: Config, quantizer: Quantizer, multiplier: float,
-                      size: int) -> dict:
+def describe_artifact(session: Session, quantizer: Quantizer, multiplier: float, size: int) -> dict:
     """Log sizes, steps and bits of a written artifact and return them."""
-    log, specs, code_bytes = session.log, quantizer.specs, session.inputs.code_bytes
+    log, config, code_bytes = session.log, quantizer.config, session.inputs.code_bytes
     total = size + code_bytes
     unused = config.artifact_max_bytes - total
     if config.search_k and multiplier == MULTIPLIER_RANGE[0] and unused > 0:
         log.event("unused", unused_bytes=unused)
     if config.search_k and unused < 0:
-        log.event("overfull", over_bytes=-unused,
-                  parameters=fitting_parameters(config, size, unused + size))
+        fitting = fitting_parameters(config, size, unused + size)
+        log.event("overfull", over_bytes=-unused, parameters=fitting)
     bits: dict[str, Any] = dict(matrix_bits=quantizer.bits(multiplier, INT6),
                                 embed_bits=quantizer.bits(multiplier, INT8))
-    log.event("bits", multiplier=multiplier, k=multiplier * specs[INT6].k,
-              k_embed=multiplier * specs[INT8].k, rule=config.rule, **bits)
-    log.event("artifact", compressor=config.compressor, bytes=size,
-              path=str(session.files.artifact))
+    k, k_embed = (multiplier * quantizer.specs[kind].k for kind in (INT6, INT8))
+    log.event("bits", multiplier=multiplier, k=k, k_embed=k_embed, rule=config.rule, **bits)
+    path = str(session.files.artifact)
+    log.event("artifact", compressor=config.compressor, bytes=size, path=path)
     log.event("total_size", compressor=config.compressor, bytes=total)
-    return dict(multiplier=multiplier, artifact_bytes=size, code_bytes=code_bytes,
-                total_bytes=total, **bits)
+    sizes = dict(artifact_bytes=size, code_bytes=code_bytes, total_bytes=total)
+    return dict(multiplier=multiplier, **sizes, **bits)
 
 
-def close_run(session: Session, facts: dict):
+def close_run(session: Session):
     """Log memory, the ledger, a verdict per limit of the challenge, and the result line."""
-    config, log = session.config, session.log
+    config, log, facts = session.config, session.log, session.facts
     spent: dict[str, Any] = session.clock.ledger()
     allocated, reserved = session.runtime.peak_memory_mib()
     log.event("peak_memory", allocated_mib=allocated, reserved_mib=reserved)
@@ -4478,67 +4473,66 @@ def close_run(session: Session, facts: dict):
             kept[rule] = value <= limit
             log.event("verdict", rule=rule, outcome="ok" if kept[rule] else "OVER THE LIMIT",
                       value=value, limit=limit, unit=unit)
-    facts = dict(facts, peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
-    log.event("result", text_json=json.dumps(facts), **facts)
+    result: dict[str, Any] = dict(run_id=config.run_id, preset=config.preset, seed=config.seed,
+                                  code_sha256=session.inputs.code_sha256, **facts,
+                                  peak_memory_mib=allocated, ledger_seconds=spent, verdicts=kept)
+    log.event("result", text_json=json.dumps(result), **result)
     log.close()
 
 
 # == 12 Stages: preflight, train, quantize, evaluate, main ========================================
 
 
-def train_stage(session: Session) -> dict:
-    """Train, average, calibrate; write weights, then statistics. Returns facts for the result."""
+def train_stage(session: Session):
+    """Train, average, calibrate; write weights, then statistics."""
     config, runtime, log, clock = session.config, session.runtime, session.log, session.clock
-    files, inputs, facts = session.files, session.inputs, {}
+    files, inputs = session.files, session.inputs
     with clock.span("setup"):
-        shards = inputs.shards
-        log.event("data", train_shards=len(shards.shards), tokens=shards.num_tokens,
-                  windows=shards.num_windows, sha256=inputs.train_sha256)
-        describe_data(session)
         trainer = start_training(session)
-        state, loader = trainer.state, Loader(shards, config, runtime)
+        state, loader = trainer.state, Loader(inputs.shards, config, runtime)
         calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
     with clock.span("warmup"):
         budget = warm_up_and_budget(session, trainer, calibration)
     state.average = Average(state.optimizers.bank, config.ema_decay)
-    trained = config.resume and resume_training(session, trainer, facts)
+    trained = config.resume and resume_training(session, trainer)
     if not trained:
         runtime.signals.deferred = True
         trainer.train(loader, budget, lambda: score(
             trainer.losses_of, inputs.text, config.whole_windows, runtime), files.checkpoint)
         log.event("ema")
         state.average.apply()
-    layout = trainer.phases[state.phase].layout
-    header = dict(config=artifact_config(config), order=list(layout.order), steps=state.step,
-                  tokenizer_sha256=inputs.tokenizer_sha256, train_sha256=inputs.train_sha256)
-    if not trained:
-        save_weights(session, state, header)
-    runtime.signals.release()
-    if calibration:
-        calibrate(session, calibration, layout, loader, header)
-    loader.close()
-    facts.update(steps=state.step)
-    if not trained:  # else the seconds before the interruption are not known
-        facts.update(training_seconds=round(clock.training_seconds(), 3))
-    with clock.span("validation"):
-        kinds = {"prequant": config.whole_windows}
-        if config.prequant_sliding:
-            kinds["prequant_sliding"] = config.sliding_windows
-        for kind, windows in kinds.items():
-            facts[f"{kind}_bpb"] = timed_score(session, kind, trainer.losses_of, windows).bpb
-    return facts
-
-
-def save_weights(session: Session, state: TrainState, header: dict):
-    """Write the averaged weights; only then is the checkpoint of no more use."""
-    runtime, log, files = session.runtime, session.log, session.files
-    with session.clock.span("write"):
         # as the model holds them: embeddings rounded to its dtype, as scored and as calibrated
         averaged = {name: p.detach().float() for name, p in state.model.named_parameters()}
-        size = runtime.first(write_tensors, files.weights, dict(header, kind="weights"), averaged)
-        log.event("weights", bytes=size)
-        log.event("code_size", bytes=session.inputs.code_bytes)
+        log.event("weights", bytes=leave(session, trainer, "weights", averaged))
+        log.event("code_size", bytes=inputs.code_bytes)
+        # of use until the weights are written
         runtime.first(lambda: files.checkpoint.unlink(missing_ok=True))
+    runtime.signals.release()
+    if calibration:
+        log.event("collecting")
+        with clock.span("calibrate"):
+            found = calibration.run(trainer.layout, loader, clock, log)
+        seconds = clock.seconds["calibrate"]
+        log.event("collected", hessians=calibration.hessians(), seconds=seconds)
+        leave(session, trainer, "stats", found)
+    loader.close()
+    session.facts.update(steps=state.step)
+    if not trained:  # else the seconds before the interruption are not known
+        session.facts.update(training_seconds=round(clock.training_seconds(), 3))
+    with clock.span("validation"):
+        timed_score(session, "prequant", trainer.losses_of, config.whole_windows)
+        if config.prequant_sliding:
+            timed_score(session, "prequant_sliding", trainer.losses_of, config.sliding_windows)
+
+
+def leave(session: Session, trainer: Trainer, kind: str, tensors: dict[str, Tensor]) -> int:
+    """Write a product of training with what later stages must know of it; returns its bytes."""
+    inputs = session.inputs
+    header = dict(kind=kind, config=artifact_config(session.config), steps=trainer.state.step,
+                  order=list(trainer.layout.order), tokenizer_sha256=inputs.tokenizer_sha256,
+                  train_sha256=inputs.train_sha256)
+    with session.clock.span("write"):
+        return session.runtime.first(write_tensors, getattr(session.files, kind), header, tensors)
 
 
 def phase_of(header: dict, config: Config, origin) -> int:
@@ -4550,7 +4544,7 @@ def phase_of(header: dict, config: Config, origin) -> int:
                          "give; make the file again")
 
 
-def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
+def resume_training(session: Session, trainer: Trainer) -> bool:
     """Go on from this run's averaged weights or checkpoint; returns whether training is over."""
     files, runtime, state = session.files, session.runtime, trainer.state
     trained, started = runtime.share((files.weights.exists(), files.checkpoint.exists()))
@@ -4568,12 +4562,11 @@ def resume_training(session: Session, trainer: Trainer, facts: dict) -> bool:
             state.model.load_state_dict(tensors)
         else:
             state.load(tensors, step, phase)
+            session.clock.seconds["train"] = header["training_seconds"]
+            trainer.last_checkpoint = f"{path} of step {step}"
     except (KeyError, RuntimeError) as error:
         raise ContainerError(f"{path}: does not fit this model ({error})") from None
-    if not trained:
-        session.clock.seconds["train"] = header["training_seconds"]
-        trainer.last_checkpoint = f"{path} of step {step}"
-    facts.update(resumed=True)
+    session.facts.update(resumed=True)
     session.log.event("resumed", text=f"step {step} from {path}", step=step, path=str(path))
     return trained
 
@@ -4612,45 +4605,33 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
     return budget
 
 
-def calibrate(session: Session, calibration, layout: Layout, loader: Loader, header: dict):
-    """Collect Hessians on the clock, then write them."""
-    log, clock, before = session.log, session.clock, session.clock.training_seconds()
-    log.event("collecting")
-    with clock.span("calibrate"):
-        hessians = calibration.run(layout, loader, clock, log)
-    log.event("collected", hessians=calibration.hessians(),
-              seconds=clock.training_seconds() - before)
-    with clock.span("write"):
-        session.runtime.first(write_tensors, session.files.stats, dict(header, kind="stats"),
-                              hessians)
-
-
 def quantize_stage(session: Session) -> dict:
     """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
     # GPTQ's error feedback needs all of fp32
     with session.clock.span("quantize"), matmul_precision("highest"):
-        return session.runtime.first(quantize_files, session)
+        facts = session.runtime.first(quantize_files, session)
+    session.facts.update(facts)
+    return facts
 
 
 def quantize_files(session: Session) -> dict:
     """Read weights and statistics, write the artifact; returns its sizes and steps."""
     log, files = session.log, session.files
-    source = files.source(session.config, files.weights)
+    source = files.source(session.config, "weights")
     header, weights = read_tensors(source, "weights")
     config = adopt(session.config, header, "quantize", source)
     check_tensors(weights, forms := weight_forms(config), source)
     check_no_more(set(weights) - set(forms), source)
     if not all(torch.isfinite(w).all() for w in weights.values()):
-        raise ValueError(f"{source}: holds weights that are not finite: training diverged; lower "
-                         "the learning rates")
-    origin = source.with_name(files.stats.name)
-    known = calibration_of(config, origin) if config.gptq_enabled else {}
+        raise ValueError(f"{source}: weights not finite: training diverged; lower learning rates")
+    stats = source.with_name(files.stats.name)
+    known = calibration_of(config, stats) if config.gptq_enabled else {}
     quantizer = Quantizer(weights, known, config, session.runtime.device)
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
     log.event("quantized", gptq=len(quantizer.gptq_names), rounded=0)
-    head = dict(kind="artifact", config=artifact_config(config), order=header["order"],
-                tokenizer_sha256=header["tokenizer_sha256"], train_sha256=header["train_sha256"])
+    made_by = {name: header[name] for name in MADE_BY}
+    head = dict(made_by, kind="artifact", config=artifact_config(config))
     limit = config.artifact_max_bytes - session.inputs.code_bytes
 
     def report(multiplier, estimate, packed_bytes):
@@ -4659,7 +4640,7 @@ def quantize_files(session: Session) -> dict:
 
     multiplier, packed = fit_artifact(quantizer, head, limit, report)
     write_file(files.artifact, packed)
-    return describe_artifact(session, config, quantizer, multiplier, len(packed))
+    return describe_artifact(session, quantizer, multiplier, len(packed))
 
 
 def calibration_of(config: Config, origin: Path) -> dict[str, Tensor]:
@@ -4681,7 +4662,7 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
 
     Returns the session it asks for, the model, its layout and the file's sha256.
     """
-    source = session.files.source(session.config, session.files.artifact)
+    source = session.files.source(session.config, "artifact")
     data = session.runtime.first(source.read_bytes)
     header, tensors = open_container(data, "artifact", source)
     config = adopt(session.config, header, "evaluate", source)
@@ -4697,35 +4678,32 @@ def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
     return session, model, layout, hashlib.sha256(data).hexdigest()
 
 
-def evaluate_stage(session: Session) -> dict:
+def evaluate_stage(session: Session):
     """Score the artifact on the validation text: whole windows, then sliding ones."""
     runtime, clock, scores = session.runtime, session.clock, {}
     with clock.span("setup"):
         session, model, layout, digest = load_artifact(session)
         config, text = session.config, session.inputs.text
-        if config.stage == "evaluate":
-            describe_data(session)
-    losses = runtime.compile(model.token_losses)
-    kinds = {"roundtrip": (losses, config.whole_windows)}
+
+    def losses_of(model):
+        return functools.partial(runtime.compile(model.token_losses), layout=layout)
+
+    kinds = {"roundtrip": (losses_of(model), config.whole_windows)}
     if config.sliding_window_enabled:
-        kinds["sliding"] = losses, config.sliding_windows
+        kinds["sliding"] = kinds["roundtrip"][0], config.sliding_windows
     if config.eval_mode == "stream":  # another estimator: more context, no restart at each window
-        stream_model = session.build_stream_model(model)
-        kinds["stream"] = runtime.compile(stream_model.token_losses), config.stream_plan
+        kinds["stream"] = losses_of(session.build_stream_model(model)), config.stream_plan
     path = session.files.folder / f"evaluation.{runtime.rank}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with clock.span("evaluate"):
         for kind, (losses, windows) in kinds.items():
             task = f"{kind} {digest} {text.sha256} {windows} of {runtime.world_size}"
-            found = timed_score(session, kind, functools.partial(losses, layout=layout), windows,
-                                Journal(path, task))
-            scores[kind] = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens,
-                                bytes=found.bytes)
+            scores[kind] = timed_score(session, kind, losses, windows, Journal(path, task))
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
     path.unlink(missing_ok=True)  # what was finished is in the scores now
-    facts = {f"{kind}_bpb": values["val_bpb"] for kind, values in scores.items()}
-    return dict(facts, val_tokens=found.tokens, val_bytes=found.bytes, val_sha256=text.sha256)
+    tokens, size = (scores["roundtrip"][name] for name in ("tokens", "bytes"))
+    session.facts.update(val_tokens=tokens, val_bytes=size, val_sha256=text.sha256)
 
 
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
@@ -4733,18 +4711,19 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     config = load_config(env)
     runtime = Runtime(env, config)
     tag = runtime.share(time.strftime("%Y%m%d-%H%M%S-") + os.urandom(3).hex())
-    files = RunFiles(config.run_id or tag)
-    first = files.stage_input(config)
-    found = runtime.share(first and first[0].is_file())  # rank 0's disk holds the files
-    if first and found:
-        header = runtime.first(lambda *file: read_tensors(*file)[0], *first)
-        config = adopt(config, header, config.stage, first[0])
-    config = dataclasses.replace(config, run_id=files.run_id)
+    config = dataclasses.replace(config, run_id=config.run_id or tag)
+    files = RunFiles(config.run_id)
+    if kind := config.reads:
+        source = files.source(config, kind)
+        if runtime.share(source.is_file()):  # rank 0's disk holds the files
+            header = runtime.first(lambda: read_tensors(source, kind)[0])
+            config = adopt(config, header, config.stage, source)
     inputs, faults = preflight(config, runtime, files)
     report = (predict(config, runtime, inputs.code_bytes)
               if runtime.is_main and (check or not faults) else {})
     if check and runtime.is_main:
-        print("\n".join(["check: " + report["text_report"], *notices(config, env)]))
+        print("\n".join(["check: " + report["text_report"], *notices(config, env),
+                         *(f"warning: {line}" for line in inputs.warnings)]))
     if faults:
         raise ConfigError(faults, shared=True)
     return config, runtime, files, inputs, report
@@ -4757,9 +4736,8 @@ def run(env, check: bool):
     name, attend, scope, error = choose_attention(config, runtime)
     if check:
         if runtime.is_main:
-            if inputs.text:
-                print(f"check: val: {inputs.text.name}")
-            print(f"check: all is well; attention {name}, max error against math {error:.1e}")
+            val = f"check: val: {inputs.text.name}\n" if inputs.text else ""
+            print(f"{val}check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
     with runtime.switches(), scope, runtime.signals:
         begins = not files.identity.exists()
@@ -4772,42 +4750,32 @@ def run(env, check: bool):
         if config.resume and begins:
             log.event("notice", text=f"RESUME=1: {files.folder} holds no run; this one is new")
         log.event("attention", backend=name, max_error=error)
-        facts = dict(run_id=files.run_id, preset=config.preset, seed=config.seed,
-                     code_sha256=inputs.code_sha256)
+        describe_data(session)
+        work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
         try:
-            run_stages(session, facts)
+            for stage in filter(config.runs, work):
+                if config.resume and runtime.share(files.done(stage, config)):
+                    log.event("resumed", text=f"{stage} was finished before", stage=stage)
+                    session.facts.update(resumed=True)
+                else:
+                    work[stage](session)
         except Interrupted as stop:
-            log.event("interrupted", signal=str(stop), run_id=files.run_id,
+            log.event("interrupted", signal=str(stop), run_id=config.run_id,
                       folder=str(files.folder))
             raise
         except BaseException as error:
             log.event("failed", console=False, error=f"{type(error).__name__}: {error}")
             raise
-        close_run(session, facts)
+        close_run(session)
     runtime.close()
-
-
-def run_stages(session: Session, facts: dict):
-    """Run each stage that STAGE asks for and that a resumed run has not finished before."""
-    config, runtime, files = session.config, session.runtime, session.files
-    work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
-    for stage, function in work.items():
-        if not config.runs(stage):
-            continue
-        if config.resume and runtime.share(files.done(stage, config)):
-            session.log.event("resumed", text=f"{stage} was finished before", stage=stage)
-            facts.update(resumed=True)
-        else:
-            facts.update(function(session))
 
 
 def main(argv: list[str], env) -> int:
     """Run the script; every user mistake ends in clear lines and a non-zero exit code."""
-    if "--help" in argv or "-h" in argv:
-        Log(True).show(help_text())
-        return 0
     try:
         match argv:
+            case _ if "--help" in argv or "-h" in argv:
+                Log(True).show(help_text())
             case [] | ["--check"]:
                 run(env, check=bool(argv))
             case ["--inspect", path]:
