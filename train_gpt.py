@@ -5,9 +5,26 @@
     python train_gpt.py --inspect FILE                        # what an artifact or its like holds
     python train_gpt.py --help                                # every setting
 
-Read from the top: a run is Config -> Runtime -> Data -> Model -> Optimizer -> Train ->
-Calibrate -> Quantize -> Artifact -> Evaluate, and `main` at the bottom calls three stages that
-meet only in files: train -> weights + stats -> quantize -> artifact -> evaluate -> scores.
+Read from the top; each room stands under a banner `# == N Name` and uses only rooms above it:
+
+    1 Config       every setting, presets, the table of stages
+    1b Settings    reading, checking and showing them
+    2 Runtime      ranks, device, clock, signals, log
+    2b Files       the container of weights, statistics and artifacts; the journal
+    3 Data         shards, batches, the order of windows, the bytes of the validation text
+    4 Kernels      attention and loss, one fast and one plain form each
+    5 Model        layouts, phases, GPT
+    6 Optimizer    flat buffers, Muon and AdamW by role, schedule, average
+    7 Quantize     steps, GPTQ, dependent codes, the search for the byte budget
+    8 Coder        codes as bytes and back
+    8b Artifact    the inventory of parameters, step rules, the artifact and back
+    9 Evaluate     windows, the score
+    10 Train       warm-up and the loop
+    11 Calibrate   statistics for the quantiser
+    11b Preflight  what is taken, checked and foretold before a run
+    11c Report     what a run says of itself
+    12 Stages      train -> weights + stats -> quantize -> artifact -> evaluate -> scores; main
+
 Settings are environment variables; the defaults are the record configuration (PR #1471 with
 its faults repaired, see PRESETS for the published quirks).
 
