@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import hashlib
@@ -66,8 +67,7 @@ except ImportError:
 
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One part of a run. Stages meet in files alone, see FILE_NAMES and HEADERS.
 
     topic: its settings that determine model, codes or score; they travel in the artifact.
@@ -102,23 +102,11 @@ class ConfigError(ValueError):
 
 def topic(name: str, stage: str):
     """Return the declarer of one topic's settings, which `stage` consumes."""
-    def knob(default, note, least=None, most=None, choices=(), acts=None):
-        """Declare one setting: its default, meaning with unit and source, and range.
-
-        acts: whether it has any effect in a Config, or the name of a setting that beats it.
-        """
+    def knob(default, note, least=None, most=None, choices=()):
+        """Declare one setting: its default, meaning with unit and source, and range."""
         return field(default=default, metadata=dict(
-            note=note, topic=name, stage=stage, least=least, most=most, choices=choices,
-            acts=acts))
+            note=note, topic=name, stage=stage, least=least, most=most, choices=choices))
     return knob
-
-
-def with_gptq(c):
-    return c.gptq_enabled
-
-
-def by_fisher(c):
-    return c.rule == "fisher"
 
 
 class Span(NamedTuple):
@@ -192,8 +180,7 @@ class Config:
     warmup_steps: int = knob(20, "compiling steps before the clock, undone; 0: none", 0, 10 ** 6)
     warmdown_frac: float = knob(0.72, "last share of the run: rates fall to 0; PR #1445", 0, 1)
     min_lr: float = knob(0.0, "least learning-rate multiplier", 0, 1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0,
-                                 acts="recur_start_frac")
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0)
     recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP", 0, 1)
     train_log_every: int = knob(500, "steps between training lines; 0: none", 0)
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end", 0)
@@ -205,8 +192,7 @@ class Config:
     scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", 0)
     muon_momentum: float = knob(0.99, "Muon momentum once warm", 0, 1)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0,
-                                           acts="muon_momentum_warmup_frac")
+    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0)
     muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps", 0, 1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 100)
     beta1: float = knob(0.9, "AdamW", 0, 0.9999999)
@@ -219,13 +205,10 @@ class Config:
     ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", 0, 0.9999999)
 
     knob = topic("calibration", "train")
-    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6,
-                                         acts=with_gptq)
-    gptq_reserve_seconds: float = knob(
-        0.0, "least time kept to calibrate, or as measured", 0,
-        acts=lambda c: c.gptq_enabled and c.max_wallclock_seconds)
+    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
+    gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
-                              choices=("all", "first"), acts=with_gptq)
+                              choices=("all", "first"))
 
     knob = topic("model", "train")
     seed: int = knob(1337, "initial weights and data order", 0, (1 << 63) - 1)
@@ -241,40 +224,31 @@ class Config:
     skip_to_lanes: bool = knob(True, "skips reach the attention lane; PR #1395 (0: #1471)")
     ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315")
     ve_enabled: bool = knob(True, "add value embeddings to V; PR #414")
-    ve_dim: int = knob(128, "value-embedding width", 1, 65_536, acts=lambda c: c.ve_enabled)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding",
-                                      acts=lambda c: c.ve_enabled)
+    ve_dim: int = knob(128, "value-embedding width", 1, 65_536)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding")
     logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", 1e-3)
     qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
     rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", 0)
     tied_embed_init_std: float = knob(0.005, "std of the initial embedding", 0)
-    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471",
-                                         acts="virtual_order")
+    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471")
     virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
     parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
     knob = topic("quantization", "quantize")
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394",
-                            acts=with_gptq)
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
     step_rule: str = knob("auto", "fisher: steps by sensitivity; auto: sdclip if a k is given",
                           choices=("auto", "fisher", "sdclip"))
-    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2,
-                            acts=by_fisher)
-    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2, acts=by_fisher)
-    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2,
-                               acts=by_fisher)
-    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher",
-                         acts=by_fisher)
-    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1",
-                             acts=lambda c: by_fisher(c) and c.trellis)
+    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2)
+    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
+    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
+    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher")
+    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1")
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
-    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0,
-                              acts=lambda c: not by_fisher(c))
-    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0,
-                                    acts=lambda c: not by_fisher(c))
+    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
+    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0)
     fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
     control_dtype: str = knob("float16", "storage of gains, scales, gates",
                               choices=("float32", "float16"))
@@ -284,12 +258,10 @@ class Config:
     knob = topic("evaluation", "evaluate")
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
-    eval_stride: int = knob(64, "tokens scored per sliding window", 1,
-                            acts=lambda c: c.sliding_window_enabled or c.prequant_sliding)
+    eval_stride: int = knob(64, "tokens scored per sliding window", 1)
     eval_mode: str = knob("exact", "stream: also long stretches, windowed attention",
                           choices=("exact", "stream"))
-    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024,
-                               acts=lambda c: c.eval_mode == "stream")
+    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024)
     score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
     val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
 
@@ -299,6 +271,8 @@ class Config:
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     step_windows = property(lambda c: c.train_batch_tokens // c.train_seq_len)
+    # the splits whose shards this run reads
+    text = property(lambda c: STAGES["train" if c.stage == "all" else c.stage].text)
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     search_k = property(lambda c: c.sdclip_k is None and c.sdclip_k_embed is None)
@@ -335,17 +309,13 @@ class Config:
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
 
-    @property
-    def text(self) -> tuple[str, ...]:
-        """The splits whose shards this run reads."""
-        return STAGES["train" if self.stage == "all" else self.stage].text
-
     def public(self) -> dict:
         """Return every setting by its published (lower-case) name."""
         return {name: getattr(self, name) for name in KNOBS}
 
 
 KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
+ARTIFACT_KNOBS = {name: f for name, f in KNOBS.items() if f.metadata["topic"] in ARTIFACT_TOPICS}
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -377,8 +347,7 @@ NEUTRAL = dict(pair.split("=") for pair in """
 
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
-    faults = []
-    defaults: dict[str, Any] = {}
+    faults, defaults = [], dict[str, Any]()
     for name, f in KNOBS.items():
         value, meta = getattr(config, name), f.metadata
         if value in (None, f.default):
@@ -394,18 +363,10 @@ def config_faults(config: Config) -> list[str]:
         faults.append(f"{name.upper()}={value}: must be {rule}")
         defaults[name] = f.default
     c = dataclasses.replace(config, **defaults)  # so that combinations can be judged all the same
-    rules = []
-    if config.runs("train") or config.adopted:  # else the input file's settings are still to come
-        rules = combination_rules(c)
-    rules += [
-        (not c.input_path or (c.stage in STAGES and STAGES[c.stage].reads), "input_path",
-         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
-        (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
-        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
-         "names a folder: use letters, digits, '_', '-', '.'"),
-    ]
+    complete = config.runs("train") or config.adopted  # else its file's settings are still to come
     return faults + [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
-                     for holds, name, rule in rules if not holds]
+                     for holds, name, rule in combination_rules(c)
+                     if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
 
 
 def combination_rules(c: Config) -> list[tuple]:
@@ -441,6 +402,11 @@ def combination_rules(c: Config) -> list[tuple]:
          "needs GPTQ_ENABLED=1, and no SDCLIP_K or SDCLIP_K_EMBED"),
         (c.gptq_reserve_seconds < (c.max_wallclock_seconds or math.inf), "gptq_reserve_seconds",
          "must be less than MAX_WALLCLOCK_SECONDS"),
+        (not c.input_path or (c.stage in STAGES and STAGES[c.stage].reads), "input_path",
+         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
+        (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
+        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
+         "names a folder: use letters, digits, '_', '-', '.'"),
     ]
 
 
@@ -469,17 +435,9 @@ def parse_setting(text: str, kind):
 
 
 def slips(a: str, b: str) -> int:
-    """Return the Damerau-Levenshtein distance (adjacent swaps count once) of two names."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            cost = min(row[j - 1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (x != y))
-            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
-                cost = min(cost, rows[-2][j - 2] + 1)
-            row.append(cost)
-        rows.append(row)
-    return rows[-1][-1]
+    """Return how many letters of the longer name are not found in the other, in order."""
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return max(len(a), len(b)) - sum(block.size for block in blocks)
 
 
 # First words that no other program's variables have: an unknown name with one is meant for us.
@@ -491,8 +449,7 @@ def misspelt(name: str, known) -> str | None:
 
     A longer or shorter form (WARMDOWN_FRACTION) and a wrong member of a family (MUON_LR) count.
     """
-    plain = name.upper().replace("-", "_")
-    near = []
+    plain, near = name.upper().replace("-", "_"), []
     for other in known:
         shorter = min(len(plain), len(other))
         allowed = 2 if shorter >= 10 else 1
@@ -558,8 +515,8 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     the file's: it could not have any effect any more.
     """
     stored = stored_settings(header, origin)
-    consumed = {name for name, f in KNOBS.items()
-                if f.metadata["topic"] in ARTIFACT_TOPICS[:[*STAGES].index(stage)]}
+    earlier = ARTIFACT_TOPICS[:[*STAGES].index(stage)]
+    consumed = {name for name, f in KNOBS.items() if f.metadata["topic"] in earlier}
     if lacking := sorted(consumed - set(stored)):
         raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
                            "that wrote it, or make it again"], shared=True)
@@ -580,9 +537,7 @@ def stored_settings(header: dict, origin: Path) -> dict:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in header["config"].items()}
     for name, value in values.items():
         with contextlib.suppress(KeyError, ValueError):
-            f = KNOBS[name]
-            if (f.metadata["topic"] in ARTIFACT_TOPICS
-                    and parse_setting(show_value(value), f.type) == value):
+            if parse_setting(show_value(value), ARTIFACT_KNOBS[name].type) == value:
                 continue
         raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use the "
                            "train_gpt.py that wrote it"])
@@ -591,8 +546,28 @@ def stored_settings(header: dict, origin: Path) -> dict:
 
 def artifact_config(config: Config) -> dict:
     """Return the settings that determine model, codes or score: never ids, paths, host or time."""
-    return {name: getattr(config, name) for name, f in KNOBS.items()
-            if f.metadata["topic"] in ARTIFACT_TOPICS}
+    return {name: getattr(config, name) for name in ARTIFACT_KNOBS}
+
+
+def idle_settings(c: Config) -> list[tuple]:
+    """Return (whether it holds, why, settings that have no effect then)."""
+    return [
+        (not c.gptq_enabled, "GPTQ_ENABLED=0",
+         "GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS HESSIAN_RANKS EMBED_GPTQ"),
+        (not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS=0", "GPTQ_RESERVE_SECONDS"),
+        (not c.ve_enabled, "VE_ENABLED=0", "VE_DIM VE_LAYERS"),
+        (c.rule != "fisher", "the steps are sdclip's",
+         "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS COUPLE_ROWS"),
+        (not c.trellis, "TRELLIS=0", "COUPLE_ROWS"),
+        (c.rule == "fisher", "the steps are fisher's", "SCALE_FLOOR SCALE_FLOOR_EMBED"),
+        (not c.sliding_window_enabled and not c.prequant_sliding, "no window slides",
+         "EVAL_STRIDE"),
+        (c.eval_mode != "stream", "EVAL_MODE=exact", "STREAM_WINDOWS"),
+        (c.virtual_order, "beaten by VIRTUAL_ORDER", "RECUR_LAYERS"),
+        (c.recur_start.frac is not None, "beaten by RECUR_START_FRAC", "RECUR_START_STEP"),
+        (c.muon_warmup.frac is not None, "beaten by MUON_MOMENTUM_WARMUP_FRAC",
+         "MUON_MOMENTUM_WARMUP_STEPS"),
+    ]
 
 
 def notices(config: Config, env) -> list[str]:
@@ -601,20 +576,15 @@ def notices(config: Config, env) -> list[str]:
              for name, why in WITHOUT_EFFECT.items() if name in env]
     order = [*STAGES]
     for name, f in KNOBS.items():
-        if (shown := name.upper()) not in env:
+        shown, stage = name.upper(), f.metadata["stage"]
+        if shown not in env or stage == "run" or config.runs(stage):
             continue
-        stage, acts = f.metadata["stage"], f.metadata["acts"]
-        if stage != "run" and not config.runs(stage):
-            if order.index(stage) > order.index(config.stage):
-                lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
-            elif f.metadata["topic"] not in ARTIFACT_TOPICS:
-                lines.append(f"{shown}: without effect in STAGE={config.stage}")
-        if isinstance(acts, str):
-            if getattr(config, acts) not in (None, ()):
-                lines.append(f"{shown}: beaten by {acts.upper()}")
-        elif acts and not acts(config):
-            lines.append(f"{shown}: without effect in this configuration")
-    return lines
+        if order.index(stage) > order.index(config.stage):
+            lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
+        elif name not in ARTIFACT_KNOBS:
+            lines.append(f"{shown}: without effect in STAGE={config.stage}")
+    return lines + [f"{name}: without effect: {why}" for holds, why, names in idle_settings(config)
+                    for name in names.split() if holds and name in env]
 
 
 def show_value(value) -> str:
