@@ -301,10 +301,9 @@ class Config:
     @property
     def recurrent_order(self) -> tuple[int, ...]:
         """The virtual layers once recurrence is on; equal to `base_order` where there is none."""
-        if self.virtual_order or not self.recur_layers:
-            return self.virtual_order or self.base_order
-        end = self.recur_layers[-1] + 1
-        return self.base_order[:end] + self.recur_layers + self.base_order[end:]
+        end = 1 + max(self.recur_layers, default=-1)
+        looped = self.base_order[:end] + self.recur_layers + self.base_order[end:]
+        return self.virtual_order or looped
 
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
@@ -314,7 +313,7 @@ class Config:
         return {name: getattr(self, name) for name in KNOBS}
 
 
-KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
+KNOBS: dict[str, Any] = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 ARTIFACT_KNOBS = {name: f for name, f in KNOBS.items() if f.metadata["topic"] in ARTIFACT_TOPICS}
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
@@ -347,34 +346,32 @@ NEUTRAL = dict(pair.split("=") for pair in """
 
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
-    faults, defaults = [], dict[str, Any]()
-    for name, f in KNOBS.items():
-        value, meta = getattr(config, name), f.metadata
-        if value in (None, f.default):
-            continue
-        if meta["least"] is not None and value < meta["least"]:
-            rule = f"at least {meta['least']}"
-        elif meta["most"] is not None and value > meta["most"]:
-            rule = f"at most {meta['most']}"
-        elif meta["choices"] and value not in meta["choices"]:
-            rule = f"one of {', '.join(meta['choices'])}"
-        else:
-            continue
-        faults.append(f"{name.upper()}={value}: must be {rule}")
-        defaults[name] = f.default
-    c = dataclasses.replace(config, **defaults)  # so that combinations can be judged all the same
+    broken = [(name, rule) for holds, name, rule in range_rules(config) if not holds]
+    # ranges mended, so that combinations can be judged all the same
+    c = dataclasses.replace(config, **{name: KNOBS[name].default for name, _ in broken})
     complete = config.runs("train") or config.adopted  # else its file's settings are still to come
-    return faults + [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
-                     for holds, name, rule in combination_rules(c)
-                     if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
+    broken += [(name, rule) for holds, name, rule in combination_rules(c)
+               if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
+    return [f"{name.upper()}={show_value(getattr(config, name))}: {rule}" for name, rule in broken]
+
+
+def range_rules(c: Config) -> list[tuple]:
+    """Return (whether it holds, setting, rule) of what binds each setting by itself."""
+    rules = []
+    for name, f in KNOBS.items():
+        least, most, choices = (f.metadata[key] for key in ("least", "most", "choices"))
+        if (value := getattr(c, name)) not in (None, f.default):
+            rules += [(least is None or value >= least, name, f"must be at least {least}"),
+                      (most is None or value <= most, name, f"must be at most {most}"),
+                      (value in (choices or [value]), name, f"must be one of {', '.join(choices)}")]
+    return rules
 
 
 def combination_rules(c: Config) -> list[tuple]:
     """Return (whether it holds, setting, rule) of what binds settings that are each in range."""
     layers, recur = set(range(c.num_layers)), c.recur_layers
     block = set(recur) <= layers and all(b == a + 1 for a, b in itertools.pairwise(recur))
-    known = set(c.virtual_order) <= layers if c.virtual_order else block
-    decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
+    decoder = c.recurrent_order[len(c.recurrent_order) // 2:]
     lanes = [i >= c.parallel_start_layer for i in decoder]
     return [
         (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
@@ -464,13 +461,12 @@ def misspelt(name: str, known) -> str | None:
     return min(near)[1] if near else None
 
 
-def same_value(text: str, neutral: str) -> bool:
-    """Return whether two spellings of a setting mean the same value."""
+def plain_value(text: str) -> float | str:
+    """Return what the text of a setting says, the same for every spelling of a value."""
     text = text.strip().lower()
-    try:
-        return float(SWITCHES.get(text, text)) == float(neutral)
-    except ValueError:
-        return text == neutral
+    with contextlib.suppress(ValueError):
+        return float(SWITCHES.get(text, text))
+    return text
 
 
 def name_faults(env) -> list[str]:
@@ -482,7 +478,7 @@ def name_faults(env) -> list[str]:
             faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
                           f"If it is not meant for this script: ALLOW_ENV={name}")
     for name, neutral in NEUTRAL.items():
-        if env.get(name) and not same_value(env[name], neutral):
+        if env.get(name) and plain_value(env[name]) != plain_value(neutral):
             only = f"only {name}={neutral} describes this script; " if neutral else ""
             faults.append(f"{name}={env[name]}: not built; {only}unset it")
     return faults
@@ -556,17 +552,16 @@ def idle_settings(c: Config) -> list[tuple]:
          "GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS HESSIAN_RANKS EMBED_GPTQ"),
         (not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS=0", "GPTQ_RESERVE_SECONDS"),
         (not c.ve_enabled, "VE_ENABLED=0", "VE_DIM VE_LAYERS"),
-        (c.rule != "fisher", "the steps are sdclip's",
+        (c.rule != "fisher", "STEP_RULE=sdclip",
          "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS COUPLE_ROWS"),
         (not c.trellis, "TRELLIS=0", "COUPLE_ROWS"),
-        (c.rule == "fisher", "the steps are fisher's", "SCALE_FLOOR SCALE_FLOOR_EMBED"),
-        (not c.sliding_window_enabled and not c.prequant_sliding, "no window slides",
+        (c.rule == "fisher", "STEP_RULE=fisher", "SCALE_FLOOR SCALE_FLOOR_EMBED"),
+        (not (c.sliding_window_enabled or c.prequant_sliding), "SLIDING_WINDOW_ENABLED=0",
          "EVAL_STRIDE"),
         (c.eval_mode != "stream", "EVAL_MODE=exact", "STREAM_WINDOWS"),
-        (c.virtual_order, "beaten by VIRTUAL_ORDER", "RECUR_LAYERS"),
-        (c.recur_start.frac is not None, "beaten by RECUR_START_FRAC", "RECUR_START_STEP"),
-        (c.muon_warmup.frac is not None, "beaten by MUON_MOMENTUM_WARMUP_FRAC",
-         "MUON_MOMENTUM_WARMUP_STEPS"),
+        (c.virtual_order, "VIRTUAL_ORDER", "RECUR_LAYERS"),
+        (c.recur_start.frac is not None, "RECUR_START_FRAC", "RECUR_START_STEP"),
+        (c.muon_warmup.frac is not None, "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM_WARMUP_STEPS"),
     ]
 
 
@@ -577,14 +572,13 @@ def notices(config: Config, env) -> list[str]:
     order = [*STAGES]
     for name, f in KNOBS.items():
         shown, stage = name.upper(), f.metadata["stage"]
-        if shown not in env or stage == "run" or config.runs(stage):
-            continue
-        if order.index(stage) > order.index(config.stage):
-            lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
-        elif name not in ARTIFACT_KNOBS:
-            lines.append(f"{shown}: without effect in STAGE={config.stage}")
-    return lines + [f"{name}: without effect: {why}" for holds, why, names in idle_settings(config)
-                    for name in names.split() if holds and name in env]
+        if shown in env and stage != "run" and not config.runs(stage):
+            if order.index(stage) > order.index(config.stage):
+                lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
+            elif name not in ARTIFACT_KNOBS:
+                lines.append(f"{shown}: without effect in STAGE={config.stage}")
+    return lines + [f"{name}: without effect under {why}" for holds, why, names
+                    in idle_settings(config) for name in names.split() if holds and name in env]
 
 
 def show_value(value) -> str:
@@ -601,23 +595,19 @@ def help_text() -> str:
              "--inspect FILE: the header of a run's weights, statistics or artifact, and bytes by "
              "tensor",
              "Settings are environment variables: NAME = default, meaning."]
-    heading = ""
-    for name, f in KNOBS.items():
-        if f.metadata["topic"] != heading:
-            heading = f.metadata["topic"]
-            lines.append(f"\n{heading}")
-        choices = " | ".join(f.metadata["choices"])
-        extra = f" [{choices}]" if choices else ""
-        kind = str(f.type).replace("None", "auto").replace("tuple[", "").replace(", ...]", " list")
-        lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
-                     f"      {kind}: {f.metadata['note']}{extra}")
+    for topic, knobs in itertools.groupby(KNOBS.items(), lambda knob: knob[1].metadata["topic"]):
+        lines.append(f"\n{topic}")
+        for name, f in knobs:
+            kind = f.type.replace("None", "auto").replace("tuple[", "").replace(", ...]", " list")
+            kind = " | ".join(f.metadata["choices"]) or kind
+            lines += [f"  {name.upper()} = {show_value(f.default)}",
+                      f"      {kind}: {f.metadata['note']}"]
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
-    for name, values in PRESETS.items():
-        settings = " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items())
-        lines.append(f"  {name}: {settings}")
-    lines.append("\nknown, without effect\n  " + " ".join(WITHOUT_EFFECT))
-    lines.append("\nnot built, accepted only at the value shown (none: unset)\n  "
-                 + " ".join(map("=".join, NEUTRAL.items())))
+    lines += [" ".join([f"  {name}:", *(f"{k.upper()}={show_value(v)}" for k, v in values.items())])
+              for name, values in PRESETS.items()]
+    lines += ["\nknown, without effect", "  " + " ".join(WITHOUT_EFFECT),
+              "\nnot built, accepted only at the value shown (none: unset)",
+              "  " + " ".join(map("=".join, NEUTRAL.items()))]
     return "\n".join(lines)
 
 
@@ -654,16 +644,16 @@ class Runtime:
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
-        if not self.compiles:
-            return function
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return (torch.compile(function, dynamic=False, fullgraph=True) if self.compiles
+                else function)
 
     @contextlib.contextmanager
-    def switches(self):
-        """Hold torch's process-wide switches as a run needs them, within."""
+    def switches(self, exact: bool = False):
+        """Hold torch's process-wide switches as a run needs them, within; exact: no TF32 either."""
         with contextlib.ExitStack() as held:
-            kind = "high" if self.device.type == "cuda" else "highest"
-            held.enter_context(matmul_precision(kind))
+            held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            fast = self.device.type == "cuda" and not exact
+            torch.set_float32_matmul_precision("high" if fast else "highest")
             if self.compiles:  # one entry per layout, grad mode and batch shape
                 held.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield
@@ -770,17 +760,6 @@ class Runtime:
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
 
 
-@contextlib.contextmanager
-def matmul_precision(kind: str):
-    """Let fp32 matrix products be of this precision within: "highest", or "high" (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(kind)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def torchrun_number(env, name: str, default: int = 0) -> int:
     """Return one of torchrun's variables; raises ConfigError when it is no whole number."""
     try:
@@ -804,21 +783,19 @@ def contact_lost(error: Exception) -> bool:
 
 def resident_peak_bytes() -> int:
     """Return the peak resident set of this process, bytes; 0 where the system does not tell."""
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ImportError):  # absent on Windows
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 
 def process_age_seconds() -> float:
     """Return how long this process has existed, imports included; 0 where the system is silent."""
-    try:
+    with contextlib.suppress(Exception):  # no such file, clock or form: another system than Linux
         started_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-    except Exception:  # no such file, clock or form of either: another system than Linux
-        return 0.0
+    return 0.0
 
 
 class Interrupted(BaseException):
@@ -838,7 +815,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.number, self.since, self.deferred, self.before = 0, 0.0, False, {}
+        self.number, self.since, self.deferred = 0, 0.0, False
 
     def handle(self, number, *_):
         if not self.number:
@@ -855,8 +832,8 @@ class Signals:
             raise Interrupted(self.number)
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -867,13 +844,11 @@ class Signals:
 def without_gc():
     """Keep Python's cyclic garbage collector, whose pauses reach half a second, out of a loop."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 class Clock:
@@ -1010,8 +985,7 @@ EVENTS = {
     "collected": "GPTQ:collected {hessians} Hessians in {seconds:.1f}s",
     "calibration_short": "warning: calibration stopped at the wallclock limit after {done} of "
                          "{planned} batches a rank",
-    "gptq_redamp": "warning: Hessian of {name} is not positive definite at damping 0.01; "
-                   "raised to {damp:g}",
+    "gptq_redamp": "warning: Hessian of {name} not positive definite at damping 0.01; now {damp:g}",
     "quantized": "GPTQ quantization: {gptq} layers with full GPTQ, {rounded} fallback to "
                  "clip-search",
     "search": "search: multiplier {multiplier:.6f} estimate {estimated_bytes} "
@@ -1035,13 +1009,6 @@ EVENTS = {
 }
 
 
-def strict(value):
-    """Return a value as strict JSON can hold it: numbers that are not finite become text."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class Log:
     """Events of a run: one JSON object a line in events.jsonl, one readable line in the text log.
 
@@ -1061,7 +1028,9 @@ class Log:
             return
         line = EVENTS[kind].format(**fields)
         public = {name: v for name, v in fields.items() if not name.startswith("text_")}
-        record = json.dumps(strict({"event": kind, **public}))
+        record = json.dumps({"event": kind, **public})
+        # strict JSON knows no numbers that are not finite: they become text
+        record = json.dumps(json.loads(record, parse_constant=lambda text: str(float(text))))
         try:
             for file, text in zip(self.files, (record, line)):
                 file.write(text + "\n")
@@ -4406,7 +4375,7 @@ def calibrate(session: Session, calibration, layout: Layout, loader: Loader, hea
 def quantize_stage(session: Session) -> dict:
     """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
     # GPTQ's error feedback needs all of fp32
-    with session.clock.span("quantize"), matmul_precision("highest"):
+    with session.clock.span("quantize"), session.runtime.switches(exact=True):
         return session.runtime.first(quantize_files, session)
 
 
