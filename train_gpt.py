@@ -592,8 +592,7 @@ def help_text() -> str:
     """Return the `--help` page: every setting by topic, presets, foreign names."""
     lines = ["usage: NAME=value … python train_gpt.py [ARGUMENT], or under torchrun",
              "--check: every check a run starts with; --help: this page",
-             "--inspect FILE: the header of a run's weights, statistics or artifact, and bytes by "
-             "tensor",
+             "--inspect FILE: header, and bytes by tensor, of weights, statistics or an artifact",
              "Settings are environment variables: NAME = default, meaning."]
     for topic, knobs in itertools.groupby(KNOBS.items(), lambda knob: knob[1].metadata["topic"]):
         lines.append(f"\n{topic}")
