@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import hashlib
@@ -83,8 +84,7 @@ except ImportError:
 
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One part of a run. Stages meet in files alone, see RunFiles and HEADERS.
 
     topic: its settings that determine model, codes or score; they travel in the artifact.
@@ -119,23 +119,11 @@ class ConfigError(ValueError):
 
 def topic(name: str, stage: str):
     """Return the declarer of one topic's settings, which `stage` consumes."""
-    def knob(default, note, least=None, most=None, choices=(), acts=None):
-        """Declare one setting: its default, meaning with unit and source, and range.
-
-        acts: whether it has any effect in a Config, or the name of a setting that beats it.
-        """
+    def knob(default, note, least=None, most=None, choices=()):
+        """Declare one setting: its default, meaning with unit and source, and range."""
         return field(default=default, metadata=dict(
-            note=note, topic=name, stage=stage, least=least, most=most, choices=choices,
-            acts=acts))
+            note=note, topic=name, stage=stage, least=least, most=most, choices=choices))
     return knob
-
-
-def with_gptq(c):
-    return c.gptq_enabled
-
-
-def by_fisher(c):
-    return c.rule == "fisher"
 
 
 class Span(NamedTuple):
@@ -209,8 +197,7 @@ class Config:
     warmup_steps: int = knob(20, "compiling steps before the clock, undone; 0: none", 0, 10 ** 6)
     warmdown_frac: float = knob(0.72, "last share of the run: rates fall to 0; PR #1445", 0, 1)
     min_lr: float = knob(0.0, "least learning-rate multiplier", 0, 1)
-    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0,
-                                 acts="recur_start_frac")
+    recur_start_step: int = knob(2000, "step at which the recurrent order starts; PR #1471", 0)
     recur_start_frac: float | None = knob(None, "share of the run; beats RECUR_START_STEP", 0, 1)
     train_log_every: int = knob(500, "steps between training lines; 0: none", 0)
     val_loss_every: int = knob(4000, "steps between validations, off the clock; 0: at the end", 0)
@@ -222,8 +209,7 @@ class Config:
     scalar_lr: float = knob(0.02, "peak AdamW rate of gains, scales, gates", 0)
     muon_momentum: float = knob(0.99, "Muon momentum once warm", 0, 1)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0,
-                                           acts="muon_momentum_warmup_frac")
+    muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0)
     muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps", 0, 1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 100)
     beta1: float = knob(0.9, "AdamW", 0, 0.9999999)
@@ -236,13 +222,10 @@ class Config:
     ema_decay: float = knob(0.9965, "of the weight average, a step; PR #1445", 0, 0.9999999)
 
     knob = topic("calibration", "train")
-    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6,
-                                         acts=with_gptq)
-    gptq_reserve_seconds: float = knob(
-        0.0, "least time kept to calibrate, or as measured", 0,
-        acts=lambda c: c.gptq_enabled and c.max_wallclock_seconds)
+    gptq_calibration_batches: int = knob(64, "of TRAIN_BATCH_TOKENS/8, all ranks", 1, 10 ** 6)
+    gptq_reserve_seconds: float = knob(0.0, "least time kept to calibrate, or as measured", 0)
     hessian_ranks: str = knob("all", "who calibrates; first: rank 0's share alone (PR #1471)",
-                              choices=("all", "first"), acts=with_gptq)
+                              choices=("all", "first"))
 
     knob = topic("model", "train")
     seed: int = knob(1337, "initial weights and data order", 0, (1 << 63) - 1)
@@ -258,40 +241,31 @@ class Config:
     skip_to_lanes: bool = knob(True, "skips reach the attention lane; PR #1395 (0: #1471)")
     ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315")
     ve_enabled: bool = knob(True, "add value embeddings to V; PR #414")
-    ve_dim: int = knob(128, "value-embedding width", 1, 65_536, acts=lambda c: c.ve_enabled)
-    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding",
-                                      acts=lambda c: c.ve_enabled)
+    ve_dim: int = knob(128, "value-embedding width", 1, 65_536)
+    ve_layers: tuple[int, ...] = knob((9, 10), "layers that add the value embedding")
     logit_softcap: float = knob(30.0, "logits become cap tanh(logits/cap)", 1e-3)
     qk_gain_init: float = knob(5.0, "initial gain per query head; PR #1445")
     rope_base: float = knob(10_000.0, "base of the rotary frequencies", 1)
     rope_dims: int = knob(16, "rotated dimensions a head; 0: all; PR #315", 0)
     tied_embed_init_std: float = knob(0.005, "std of the initial embedding", 0)
-    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471",
-                                         acts="virtual_order")
+    recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471")
     virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
     parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
     knob = topic("quantization", "quantize")
     gptq_enabled: bool = knob(True, "GPTQ with calibration; 0: round to nearest")
-    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394",
-                            acts=with_gptq)
+    embed_gptq: bool = knob(True, "GPTQ on the embeddings too; 0: rounded (PR #1471); PR #1394")
     step_rule: str = knob("auto", "fisher: steps by sensitivity; auto: sdclip if a k is given",
                           choices=("auto", "fisher", "sdclip"))
-    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2,
-                            acts=by_fisher)
-    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2, acts=by_fisher)
-    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2,
-                               acts=by_fisher)
-    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher",
-                         acts=by_fisher)
-    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1",
-                             acts=lambda c: by_fisher(c) and c.trellis)
+    row_power: float = knob(1.0, "of Fisher information in matrices' row steps", 0, 2)
+    embed_power: float = knob(1.0, "the same in embeddings' row steps", 0, 2)
+    column_power: float = knob(0.5, "of the conditional spread in column steps", 0, 2)
+    trellis: bool = knob(True, "dependent codes: finer levels for the bytes; STEP_RULE=fisher")
+    couple_rows: bool = knob(True, "GPTQ's feedback from row to row as well; TRELLIS=1")
     sdclip_k: float | None = knob(None, "clip radius, row stds; auto fills the cap; PR #1394", 0.01)
     sdclip_k_embed: float | None = knob(None, "the same of embeddings; PR #1394", 0.01)
-    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0,
-                              acts=lambda c: not by_fisher(c))
-    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0,
-                                    acts=lambda c: not by_fisher(c))
+    scale_floor: float = knob(0.0, "least int6 step (PR #1471: 1/31)", 0)
+    scale_floor_embed: float = knob(0.0, "least int8 step (PR #1471: 1/127)", 0)
     fp16_max_numel: int = knob(65_536, "matrices of so many elements stay fp16; PR #1471", 0)
     control_dtype: str = knob("float16", "storage of gains, scales, gates",
                               choices=("float32", "float16"))
@@ -301,12 +275,10 @@ class Config:
     knob = topic("evaluation", "evaluate")
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
-    eval_stride: int = knob(64, "tokens scored per sliding window", 1,
-                            acts=lambda c: c.sliding_window_enabled or c.prequant_sliding)
+    eval_stride: int = knob(64, "tokens scored per sliding window", 1)
     eval_mode: str = knob("exact", "stream: also long stretches, windowed attention",
                           choices=("exact", "stream"))
-    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024,
-                               acts=lambda c: c.eval_mode == "stream")
+    stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024)
     score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
     val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
 
@@ -316,6 +288,8 @@ class Config:
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     step_windows = property(lambda c: c.train_batch_tokens // c.train_seq_len)
+    # the splits whose shards this run reads
+    text = property(lambda c: STAGES["train" if c.stage == "all" else c.stage].text)
     base_order = property(lambda c: tuple(range(c.num_layers)))
     lanes_split = property(lambda c: 0 < c.parallel_start_layer < c.num_layers)
     codec = property(lambda c: "brotli" if c.compressor == "rans" else c.compressor)  # of the rest
@@ -345,10 +319,9 @@ class Config:
     @property
     def recurrent_order(self) -> tuple[int, ...]:
         """The virtual layers once recurrence is on; equal to `base_order` where there is none."""
-        if self.virtual_order or not self.recur_layers:
-            return self.virtual_order or self.base_order
-        end = self.recur_layers[-1] + 1
-        return self.base_order[:end] + self.recur_layers + self.base_order[end:]
+        end = 1 + max(self.recur_layers, default=-1)
+        looped = self.base_order[:end] + self.recur_layers + self.base_order[end:]
+        return self.virtual_order or looped
 
     # kind of the file that a lone later stage starts from
     reads = property(lambda c: STAGES[c.stage].reads if c.stage in STAGES else "")
@@ -356,17 +329,13 @@ class Config:
     def runs(self, stage: str) -> bool:
         return self.stage in ("all", stage)
 
-    @property
-    def text(self) -> tuple[str, ...]:
-        """The splits whose shards this run reads."""
-        return STAGES["train" if self.stage == "all" else self.stage].text
-
     def public(self) -> dict:
         """Return every setting by its published (lower-case) name."""
         return {name: getattr(self, name) for name in KNOBS}
 
 
-KNOBS = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
+KNOBS: dict[str, Any] = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
+ARTIFACT_KNOBS = {name: f for name, f in KNOBS.items() if f.metadata["topic"] in ARTIFACT_TOPICS}
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -398,43 +367,32 @@ NEUTRAL = dict(pair.split("=") for pair in """
 
 def config_faults(config: Config) -> list[str]:
     """Return every broken rule of a configuration: setting, value and rule, one line each."""
-    faults = []
-    defaults: dict[str, Any] = {}
-    for name, f in KNOBS.items():
-        value, meta = getattr(config, name), f.metadata
-        if value in (None, f.default):
-            continue
-        if meta["least"] is not None and value < meta["least"]:
-            rule = f"at least {meta['least']}"
-        elif meta["most"] is not None and value > meta["most"]:
-            rule = f"at most {meta['most']}"
-        elif meta["choices"] and value not in meta["choices"]:
-            rule = f"one of {', '.join(meta['choices'])}"
-        else:
-            continue
-        faults.append(f"{name.upper()}={value}: must be {rule}")
-        defaults[name] = f.default
-    c = dataclasses.replace(config, **defaults)  # so that combinations can be judged all the same
+    broken = [(name, rule) for holds, name, rule in range_rules(config) if not holds]
+    # ranges mended, so that combinations can be judged all the same
+    c = dataclasses.replace(config, **{name: KNOBS[name].default for name, _ in broken})
+    complete = config.runs("train") or config.adopted  # else its file's settings are still to come
+    broken += [(name, rule) for holds, name, rule in combination_rules(c)
+               if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
+    return [f"{name.upper()}={show_value(getattr(config, name))}: {rule}" for name, rule in broken]
+
+
+def range_rules(c: Config) -> list[tuple]:
+    """Return (whether it holds, setting, rule) of what binds each setting by itself."""
     rules = []
-    if config.runs("train") or config.adopted:  # else the input file's settings are still to come
-        rules = combination_rules(c)
-    rules += [
-        (not c.input_path or c.reads, "input_path",
-         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
-        (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
-        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
-         "names a folder: use letters, digits, '_', '-', '.'"),
-    ]
-    return faults + [f"{name.upper()}={show_value(getattr(c, name))}: {rule}"
-                     for holds, name, rule in rules if not holds]
+    for name, f in KNOBS.items():
+        least, most, choices = (f.metadata[key] for key in ("least", "most", "choices"))
+        if (value := getattr(c, name)) not in (None, f.default):
+            rules += [(least is None or value >= least, name, f"must be at least {least}"),
+                      (most is None or value <= most, name, f"must be at most {most}"),
+                      (value in (choices or [value]), name, f"must be one of {', '.join(choices)}")]
+    return rules
 
 
 def combination_rules(c: Config) -> list[tuple]:
     """Return (whether it holds, setting, rule) of what binds settings that are each in range."""
     layers, recur = set(range(c.num_layers)), c.recur_layers
     block = set(recur) <= layers and all(b == a + 1 for a, b in itertools.pairwise(recur))
-    known = set(c.virtual_order) <= layers if c.virtual_order else block
-    decoder = c.recurrent_order[len(c.recurrent_order) // 2:] if known else ()
+    decoder = c.recurrent_order[len(c.recurrent_order) // 2:]
     lanes = [i >= c.parallel_start_layer for i in decoder]
     return [
         (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
@@ -462,6 +420,11 @@ def combination_rules(c: Config) -> list[tuple]:
          "needs GPTQ_ENABLED=1, and no SDCLIP_K or SDCLIP_K_EMBED"),
         (c.gptq_reserve_seconds < (c.max_wallclock_seconds or math.inf), "gptq_reserve_seconds",
          "must be less than MAX_WALLCLOCK_SECONDS"),
+        (not c.input_path or c.reads, "input_path",
+         "has a meaning only with STAGE=quantize or STAGE=evaluate"),
+        (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
+        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
+         "names a folder: use letters, digits, '_', '-', '.'"),
     ]
 
 
@@ -490,17 +453,9 @@ def parse_setting(text: str, kind):
 
 
 def slips(a: str, b: str) -> int:
-    """Return the Damerau-Levenshtein distance (adjacent swaps count once) of two names."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            cost = min(row[j - 1] + 1, rows[-1][j] + 1, rows[-1][j - 1] + (x != y))
-            if i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y):
-                cost = min(cost, rows[-2][j - 2] + 1)
-            row.append(cost)
-        rows.append(row)
-    return rows[-1][-1]
+    """Return how many letters of the longer name are not found in the other, in order."""
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return max(len(a), len(b)) - sum(block.size for block in blocks)
 
 
 # First words that no other program's variables have: an unknown name with one is meant for us.
@@ -512,8 +467,7 @@ def misspelt(name: str, known) -> str | None:
 
     A longer or shorter form (WARMDOWN_FRACTION) and a wrong member of a family (MUON_LR) count.
     """
-    plain = name.upper().replace("-", "_")
-    near = []
+    plain, near = name.upper().replace("-", "_"), []
     for other in known:
         shorter = min(len(plain), len(other))
         allowed = 2 if shorter >= 10 else 1
@@ -528,13 +482,12 @@ def misspelt(name: str, known) -> str | None:
     return min(near)[1] if near else None
 
 
-def same_value(text: str, neutral: str) -> bool:
-    """Return whether two spellings of a setting mean the same value."""
+def plain_value(text: str) -> float | str:
+    """Return what the text of a setting says, the same for every spelling of a value."""
     text = text.strip().lower()
-    try:
-        return float(SWITCHES.get(text, text)) == float(neutral)
-    except ValueError:
-        return text == neutral
+    with contextlib.suppress(ValueError):
+        return float(SWITCHES.get(text, text))
+    return text
 
 
 def name_faults(env) -> list[str]:
@@ -546,7 +499,7 @@ def name_faults(env) -> list[str]:
             faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
                           f"If it is not meant for this script: ALLOW_ENV={name}")
     for name, neutral in NEUTRAL.items():
-        if env.get(name) and not same_value(env[name], neutral):
+        if env.get(name) and plain_value(env[name]) != plain_value(neutral):
             only = f"only {name}={neutral} describes this script; " if neutral else ""
             faults.append(f"{name}={env[name]}: not built; {only}unset it")
     return faults
@@ -579,8 +532,8 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     the file's: it could not have any effect any more.
     """
     stored = stored_settings(header, origin)
-    consumed = {name for name, f in KNOBS.items()
-                if f.metadata["topic"] in ARTIFACT_TOPICS[:[*STAGES].index(stage)]}
+    earlier = ARTIFACT_TOPICS[:[*STAGES].index(stage)]
+    consumed = {name for name, f in KNOBS.items() if f.metadata["topic"] in earlier}
     if lacking := sorted(consumed - set(stored)):
         raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
                            "that wrote it, or make it again"], shared=True)
@@ -601,9 +554,7 @@ def stored_settings(header: dict, origin: Path) -> dict:
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in header["config"].items()}
     for name, value in values.items():
         with contextlib.suppress(KeyError, ValueError):
-            f = KNOBS[name]
-            if (f.metadata["topic"] in ARTIFACT_TOPICS
-                    and parse_setting(show_value(value), f.type) == value):
+            if parse_setting(show_value(value), ARTIFACT_KNOBS[name].type) == value:
                 continue
         raise ConfigError([f"{origin}: its header holds {name}={value!r}, unknown here; use the "
                            "train_gpt.py that wrote it"])
@@ -612,8 +563,27 @@ def stored_settings(header: dict, origin: Path) -> dict:
 
 def artifact_config(config: Config) -> dict:
     """Return the settings that determine model, codes or score: never ids, paths, host or time."""
-    return {name: getattr(config, name) for name, f in KNOBS.items()
-            if f.metadata["topic"] in ARTIFACT_TOPICS}
+    return {name: getattr(config, name) for name in ARTIFACT_KNOBS}
+
+
+def idle_settings(c: Config) -> list[tuple]:
+    """Return (whether it holds, why, settings that have no effect then)."""
+    return [
+        (not c.gptq_enabled, "GPTQ_ENABLED=0",
+         "GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS HESSIAN_RANKS EMBED_GPTQ"),
+        (not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS=0", "GPTQ_RESERVE_SECONDS"),
+        (not c.ve_enabled, "VE_ENABLED=0", "VE_DIM VE_LAYERS"),
+        (c.rule != "fisher", "STEP_RULE=sdclip",
+         "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS COUPLE_ROWS"),
+        (not c.trellis, "TRELLIS=0", "COUPLE_ROWS"),
+        (c.rule == "fisher", "STEP_RULE=fisher", "SCALE_FLOOR SCALE_FLOOR_EMBED"),
+        (not (c.sliding_window_enabled or c.prequant_sliding), "SLIDING_WINDOW_ENABLED=0",
+         "EVAL_STRIDE"),
+        (c.eval_mode != "stream", "EVAL_MODE=exact", "STREAM_WINDOWS"),
+        (c.virtual_order, "VIRTUAL_ORDER", "RECUR_LAYERS"),
+        (c.recur_start.frac is not None, "RECUR_START_FRAC", "RECUR_START_STEP"),
+        (c.muon_warmup.frac is not None, "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM_WARMUP_STEPS"),
+    ]
 
 
 def notices(config: Config, env) -> list[str]:
@@ -622,20 +592,14 @@ def notices(config: Config, env) -> list[str]:
              for name, why in WITHOUT_EFFECT.items() if name in env]
     order = [*STAGES]
     for name, f in KNOBS.items():
-        if (shown := name.upper()) not in env:
-            continue
-        stage, acts = f.metadata["stage"], f.metadata["acts"]
-        if stage != "run" and not config.runs(stage):
+        shown, stage = name.upper(), f.metadata["stage"]
+        if shown in env and stage != "run" and not config.runs(stage):
             if order.index(stage) > order.index(config.stage):
                 lines.append(f"{shown}: acts in STAGE={stage}; kept in this run's files")
-            elif f.metadata["topic"] not in ARTIFACT_TOPICS:
+            elif name not in ARTIFACT_KNOBS:
                 lines.append(f"{shown}: without effect in STAGE={config.stage}")
-        if isinstance(acts, str):
-            if getattr(config, acts) not in (None, ()):
-                lines.append(f"{shown}: beaten by {acts.upper()}")
-        elif acts and not acts(config):
-            lines.append(f"{shown}: without effect in this configuration")
-    return lines
+    return lines + [f"{name}: without effect under {why}" for holds, why, names
+                    in idle_settings(config) for name in names.split() if holds and name in env]
 
 
 def show_value(value) -> str:
@@ -649,26 +613,21 @@ def help_text() -> str:
     """Return the `--help` page: every setting by topic, presets, foreign names."""
     lines = ["usage: NAME=value … python train_gpt.py [ARGUMENT], or under torchrun",
              "--check: every check a run starts with; --help: this page",
-             "--inspect FILE: the header of a run's weights, statistics or artifact, and bytes by "
-             "tensor",
+             "--inspect FILE: header, and bytes by tensor, of weights, statistics or an artifact",
              "Settings are environment variables: NAME = default, meaning."]
-    heading = ""
-    for name, f in KNOBS.items():
-        if f.metadata["topic"] != heading:
-            heading = f.metadata["topic"]
-            lines.append(f"\n{heading}")
-        choices = " | ".join(f.metadata["choices"])
-        extra = f" [{choices}]" if choices else ""
-        kind = str(f.type).replace("None", "auto").replace("tuple[", "").replace(", ...]", " list")
-        lines.append(f"  {name.upper()} = {show_value(f.default)}\n"
-                     f"      {kind}: {f.metadata['note']}{extra}")
+    for topic, knobs in itertools.groupby(KNOBS.items(), lambda knob: knob[1].metadata["topic"]):
+        lines.append(f"\n{topic}")
+        for name, f in knobs:
+            kind = f.type.replace("None", "auto").replace("tuple[", "").replace(", ...]", " list")
+            kind = " | ".join(f.metadata["choices"]) or kind
+            lines += [f"  {name.upper()} = {show_value(f.default)}",
+                      f"      {kind}: {f.metadata['note']}"]
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
-    for name, values in PRESETS.items():
-        settings = " ".join(f"{k.upper()}={show_value(v)}" for k, v in values.items())
-        lines.append(f"  {name}: {settings}")
-    lines.append("\nknown, without effect\n  " + " ".join(WITHOUT_EFFECT))
-    lines.append("\nnot built, accepted only at the value shown (none: unset)\n  "
-                 + " ".join(map("=".join, NEUTRAL.items())))
+    lines += [" ".join([f"  {name}:", *(f"{k.upper()}={show_value(v)}" for k, v in values.items())])
+              for name, values in PRESETS.items()]
+    lines += ["\nknown, without effect", "  " + " ".join(WITHOUT_EFFECT),
+              "\nnot built, accepted only at the value shown (none: unset)",
+              "  " + " ".join(map("=".join, NEUTRAL.items()))]
     return "\n".join(lines)
 
 
@@ -705,16 +664,16 @@ class Runtime:
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
-        if not self.compiles:
-            return function
-        return torch.compile(function, dynamic=False, fullgraph=True)
+        return (torch.compile(function, dynamic=False, fullgraph=True) if self.compiles
+                else function)
 
     @contextlib.contextmanager
-    def switches(self):
-        """Hold torch's process-wide switches as a run needs them, within."""
+    def switches(self, exact: bool = False):
+        """Hold torch's process-wide switches as a run needs them, within; exact: no TF32 either."""
         with contextlib.ExitStack() as held:
-            kind = "high" if self.device.type == "cuda" else "highest"
-            held.enter_context(matmul_precision(kind))
+            held.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            fast = self.device.type == "cuda" and not exact
+            torch.set_float32_matmul_precision("high" if fast else "highest")
             if self.compiles:  # one entry per layout, grad mode and batch shape
                 held.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield
@@ -829,17 +788,6 @@ class Runtime:
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
 
 
-@contextlib.contextmanager
-def matmul_precision(kind: str):
-    """Let fp32 matrix products be of this precision within: "highest", or "high" (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(kind)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def torchrun_number(env, name: str, default: int = 0) -> int:
     """Return one of torchrun's variables; raises ConfigError when it is no whole number."""
     try:
@@ -863,21 +811,19 @@ def contact_lost(error: Exception) -> bool:
 
 def resident_peak_bytes() -> int:
     """Return the peak resident set of this process, bytes; 0 where the system does not tell."""
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with contextlib.suppress(ImportError):  # absent on Windows
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0
 
 
 def process_age_seconds() -> float:
     """Return how long this process has existed, imports included; 0 where the system is silent."""
-    try:
+    with contextlib.suppress(Exception):  # no such file, clock or form: another system than Linux
         started_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
-    except Exception:  # no such file, clock or form of either: another system than Linux
-        return 0.0
+    return 0.0
 
 
 class Interrupted(BaseException):
@@ -897,7 +843,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.number, self.since, self.deferred, self.before = 0, 0.0, False, {}
+        self.number, self.since, self.deferred = 0, 0.0, False
 
     def handle(self, number, *_):
         if not self.number:
@@ -914,8 +860,8 @@ class Signals:
             raise Interrupted(self.number)
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.before[number] = signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -926,13 +872,11 @@ class Signals:
 def without_gc():
     """Keep Python's cyclic garbage collector, whose pauses reach half a second, out of a loop."""
     gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 class Clock:
@@ -1069,8 +1013,7 @@ EVENTS = {
     "collected": "GPTQ:collected {hessians} Hessians in {seconds:.1f}s",
     "calibration_short": "warning: calibration stopped at the wallclock limit after {done} of "
                          "{planned} batches a rank",
-    "gptq_redamp": "warning: Hessian of {name} is not positive definite at damping 0.01; "
-                   "raised to {damp:g}",
+    "gptq_redamp": "warning: Hessian of {name} not positive definite at damping 0.01; now {damp:g}",
     "quantized": "GPTQ quantization: {gptq} layers with full GPTQ, {rounded} fallback to "
                  "clip-search",
     "search": "search: multiplier {multiplier:.6f} estimate {estimated_bytes} "
@@ -1094,13 +1037,6 @@ EVENTS = {
 }
 
 
-def strict(value):
-    """Return a value as strict JSON can hold it: numbers that are not finite become text."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class Log:
     """Events of a run: one JSON object a line in events.jsonl, one readable line in the text log.
 
@@ -1120,7 +1056,9 @@ class Log:
             return
         line = EVENTS[kind].format(**fields)
         public = {name: v for name, v in fields.items() if not name.startswith("text_")}
-        record = json.dumps(strict({"event": kind, **public}))
+        record = json.dumps({"event": kind, **public})
+        # strict JSON knows no numbers that are not finite: they become text
+        record = json.dumps(json.loads(record, parse_constant=lambda text: str(float(text))))
         try:
             for file, text in zip(self.files, (record, line)):
                 file.write(text + "\n")
@@ -4625,7 +4563,7 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
 def quantize_stage(session: Session) -> dict:
     """Turn averaged weights and Hessians into the artifact; no data, no forward; rank 0 alone."""
     # GPTQ's error feedback needs all of fp32
-    with session.clock.span("quantize"), matmul_precision("highest"):
+    with session.clock.span("quantize"), session.runtime.switches(exact=True):
         facts = session.runtime.first(quantize_files, session)
     session.facts.update(facts)
     return facts

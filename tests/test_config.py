@@ -194,22 +194,6 @@ def test_usual_environment_is_left_alone():
     assert load_config(dict.fromkeys(USUAL_ENVIRONMENT, "1")) == load_config({})
 
 
-@given(st.text("ABC_", max_size=7), st.text("ABC_", max_size=7))
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
-def test_slips_is_a_distance_that_counts_a_swap_once(a, b):
-    table = {}
-    for i in range(len(a) + 1):
-        for j in range(len(b) + 1):
-            ways = [max(i, j)]
-            if i and j:
-                ways = [table[i - 1, j] + 1, table[i, j - 1] + 1,
-                        table[i - 1, j - 1] + (a[i - 1] != b[j - 1])]
-            if i > 1 and j > 1 and a[i - 2:i] == b[j - 1] + b[j - 2]:
-                ways.append(table[i - 2, j - 2] + 1)
-            table[i, j] = min(ways)
-    assert train_gpt.slips(a, b) == train_gpt.slips(b, a) == table[len(a), len(b)]
-
-
 # ---- values ------------------------------------------------------------------------------------
 
 

@@ -351,8 +351,9 @@ def test_what_a_run_reads_is_taken_once():
 
 def test_switches_of_torch_are_scoped():
     """Set in a context manager that puts back what was there."""
-    places = {owner(n.lineno) for n in calls("torch.set_float32_matmul_precision")}
-    assert places == {"matmul_precision"}
+    places = {owner(n.lineno) for n in nodes(ast.Attribute)
+              if dotted(n) == "torch.set_float32_matmul_precision"}
+    assert places == {"Runtime.switches"}
     stored = [n.lineno for n in nodes(ast.Attribute) if isinstance(n.ctx, ast.Store)
               and dotted(n).startswith(("torch.", "dist."))]
     assert stored == [], "a global switch set for good"
