@@ -165,9 +165,13 @@ PRESETS: dict[str, dict] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run, the same on every rank; `explicit` names those env or preset set."""
+    """All settings of a run, the same on every rank.
+
+    explicit: names of those that the environment or a preset sets; typed: the environment alone.
+    """
 
     explicit: frozenset = frozenset()
+    typed: frozenset = frozenset()
     adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
     knob = topic("run", "run")
@@ -359,7 +363,7 @@ NEUTRAL = dict(pair.split("=") for pair in """
     MIXED_BITWIDTH=0 PREQUANT_TTT=0 PREQUANT_TTT_LR=0.0001 PREQUANT_TTT_EPOCHS=3 TTT_OPTIMIZER=sgd
     TTT_NESTEROV=0 TTT_LR_FLOOR=0.1 TTT_TEMPERATURE=1 NGRAM_ENABLED=0 GPTQ_FULL_HESSIAN=1
     SKIP_QUANTIZE=0 SKIP_COMPILE=0 TTT_MAX_DOCS=0 TTT_MIN_DOC_LEN=32 TTT_RANK=8 TTT_CHUNK_SIZE=256
-    EMBEDDING_DIM=512
+    EMBEDDING_DIM=MODEL_DIM
     """.split())
 
 
@@ -490,8 +494,11 @@ def plain_value(text: str) -> float | str:
     return text
 
 
-def name_faults(env) -> list[str]:
-    """Return faults of names: slips of a setting, and other systems' names at a value not built."""
+def name_faults(env, values: dict) -> list[str]:
+    """Return faults of names: slips of a setting, and other systems' names at a value not built.
+
+    values: the settings that are given, by their own names.
+    """
     known = [*map(str.upper, KNOBS), *WITHOUT_EFFECT, *NEUTRAL]
     allowed, faults = parse_setting(env.get("ALLOW_ENV", ""), "tuple[str, ...]"), []
     for name in sorted(set(env).difference(known, allowed)):
@@ -499,6 +506,8 @@ def name_faults(env) -> list[str]:
             faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
                           f"If it is not meant for this script: ALLOW_ENV={name}")
     for name, neutral in NEUTRAL.items():
+        if knob := KNOBS.get(neutral.lower()):  # the value of that setting
+            neutral = show_value(values.get(neutral.lower(), knob.default))
         if env.get(name) and plain_value(env[name]) != plain_value(neutral):
             only = f"only {name}={neutral} describes this script; " if neutral else ""
             faults.append(f"{name}={env[name]}: not built; {only}unset it")
@@ -511,15 +520,16 @@ def load_config(env) -> Config:
     Raises ConfigError with all faults at once: misspelt names, bad types, ranges, combinations,
     names of other systems at a value this script does not build.
     """
-    faults, values = name_faults(env), dict(PRESETS.get(env.get("PRESET", "").strip(), {}))
+    faults, values = [], dict(PRESETS.get(env.get("PRESET", "").strip(), {}))
     for name, f in KNOBS.items():
         if name.upper() in env:
             try:
                 values[name] = parse_setting(env[name.upper()], f.type)
             except ValueError as error:
                 faults.append(f"{name.upper()}={env[name.upper()]}: must be {error}")
-    config = Config(explicit=frozenset(values), **values)
-    faults += config_faults(config)
+    typed = frozenset(name for name in KNOBS if name.upper() in env)
+    config = Config(explicit=frozenset(values), typed=typed, **values)
+    faults = name_faults(env, values) + faults + config_faults(config)
     if faults:
         raise ConfigError(faults, shared=True)
     return config
@@ -538,7 +548,7 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
         raise ConfigError([f"{origin}: its header lacks {', '.join(lacking)}; use the train_gpt.py "
                            "that wrote it, or make it again"], shared=True)
     faults = [f"{name.upper()}={show_value(getattr(config, name))}: {origin} was made with "
-              f"{show_value(stored[name])}; unset it" for name in sorted(config.explicit & consumed)
+              f"{show_value(stored[name])}; unset it" for name in sorted(config.typed & consumed)
               if getattr(config, name) != stored[name]]
     values = {name: value for name, value in stored.items()
               if name in consumed or name not in config.explicit}
@@ -767,6 +777,14 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
         return (resident_peak_bytes() >> 20,) * 2
+
+    def memory_bytes(self) -> int:
+        """Return the memory there is for a run, of the device or the machine; 0: unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not on every system
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return 0
 
     def notices(self) -> list[str]:
         """Return what this machine has that the run cannot use."""
@@ -4181,12 +4199,6 @@ def device_faults(config: Config, runtime: Runtime) -> list[str]:
         return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
                 f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
                 f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
-    if runtime.device.type == "cuda" and runtime.is_main:
-        have = torch.cuda.get_device_properties(runtime.device).total_memory
-        need = predict_peak_bytes(config, runtime)
-        if need > 1.3 * have:
-            return [f"MICRO_BATCH_TOKENS={config.micro_batch_tokens}: needs about "
-                    f"{need >> 20} MiB of the {have >> 20} MiB this GPU has; lower it"]
     return []
 
 
@@ -4273,6 +4285,30 @@ def predict_peak_bytes(config: Config, runtime: Runtime) -> int:
     # eager: the backward's own temporaries and the allocator add 40 %, as the demo shows on a CPU
     resident = resident_peak_bytes() if runtime.device.type == "cpu" else 0
     return int(resident + state + 1.4 * activations)
+
+
+def forecast_faults(config: Config, runtime: Runtime, report: dict) -> list[str]:
+    """Return why a run that `predict` foresees cannot be: too long a step, too little memory.
+
+    Both are rough, hence the margins.
+    """
+    if not config.runs("train"):
+        return []
+    faults, limit, seconds = [], config.max_wallclock_seconds, report["step_ms"] / 1000
+    have, need = runtime.memory_bytes() >> 20, report["peak_mib"]
+
+    def remedy(name, share):
+        tokens = int(getattr(config, name) * share) // config.train_seq_len * config.train_seq_len
+        lower = f"lower it to {tokens}, or " if tokens else ""
+        return f"{name.upper()}={getattr(config, name)}: {lower}take PRESET=demo: "
+
+    if limit and seconds > 2 * limit:
+        faults.append(remedy("train_batch_tokens", limit / seconds / 20) + f"a step takes about "
+                      f"{seconds:.0f} s here, of MAX_WALLCLOCK_SECONDS={limit:g}")
+    if have and need > 1.3 * have:
+        faults.append(remedy("micro_batch_tokens", have / need / 2) + f"a forward needs about "
+                      f"{need} MiB here, there are {have}")
+    return faults
 
 
 def predict(config: Config, runtime: Runtime, code_bytes: int) -> dict:
@@ -4679,7 +4715,9 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     if check and runtime.is_main:
         print("\n".join(["check: " + report["text_report"], *notices(config, env),
                          *(f"warning: {line}" for line in inputs.warnings)]))
-    if faults:
+    if report:
+        faults += forecast_faults(config, runtime, report)
+    if faults := runtime.share(faults):
         raise ConfigError(faults, shared=True)
     return config, runtime, files, inputs, report
 

@@ -143,7 +143,7 @@ def test_lists_of_foreign_names_hold_the_published_ones():
 
 @pytest.mark.parametrize("name", train_gpt.NEUTRAL)
 def test_mode_not_built_is_accepted_at_its_neutral_value_alone(name):
-    neutral = train_gpt.NEUTRAL[name]
+    neutral = train_gpt.NEUTRAL[name].replace("MODEL_DIM", "512")
     same = {"0": ["0.0", " 0", "false", "False", "-0"], "1": ["1.0", "true", "TRUE"]}
     for text in [neutral, "", *same.get(neutral, [])]:
         assert load_config({name: text}) == load_config({}), text
@@ -515,3 +515,34 @@ def test_a_torchrun_variable_that_is_no_number_is_refused_in_one_line(name, valu
     assert shown.out == ""
     assert shown.err.startswith(f"error: {name}={value}: must be a whole number")
     assert len(shown.err.splitlines()) == 1
+
+
+def test_a_presets_own_value_yields_to_the_files():
+    """PRESET=demo STAGE=evaluate on an artifact with another cap: nobody typed the preset's."""
+    made = train_gpt.artifact_config(load_config({"PRESET": "demo", "ARTIFACT_MAX_BYTES": "700000"}))
+    asked = load_config({"PRESET": "demo", "STAGE": "evaluate"})
+    found = train_gpt.adopt(asked, {"config": made}, "evaluate", Path("file"))
+    assert found.artifact_max_bytes == 700_000
+    typed = load_config({"PRESET": "demo", "STAGE": "evaluate", "ARTIFACT_MAX_BYTES": "785000"})
+    with pytest.raises(ConfigError, match="ARTIFACT_MAX_BYTES=785000: file was made with 700000"):
+        train_gpt.adopt(typed, {"config": made}, "evaluate", Path("file"))
+
+
+def test_a_preset_of_the_stage_itself_beats_the_file():
+    made = train_gpt.artifact_config(load_config({}))
+    asked = load_config({"PRESET": "pr1471", "STAGE": "quantize"})
+    found = train_gpt.adopt(asked, {"config": made}, "quantize", Path("file"))
+    assert (found.sdclip_k, found.rule, found.skip_to_lanes) == (12.85, "sdclip", True)
+
+
+@pytest.mark.parametrize("env, fits", [
+    ({"EMBEDDING_DIM": "512"}, True), ({"EMBEDDING_DIM": "128"}, False),
+    ({"EMBEDDING_DIM": "128", "MODEL_DIM": "128"}, True),
+    ({"EMBEDDING_DIM": "512", "MODEL_DIM": "128"}, False),
+    ({"EMBEDDING_DIM": "128", "PRESET": "demo"}, True),
+    ({"EMBEDDING_DIM": "512", "PRESET": "demo"}, False)])
+def test_embedding_dim_means_the_models_width_or_is_not_built(env, fits):
+    if fits:
+        load_config(env)
+    else:
+        assert "EMBEDDING_DIM" in fault_of(env)

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import re
 import socket
 import string
 import struct
@@ -641,3 +642,44 @@ def test_one_rank_agrees_with_itself_and_keeps_its_mistakes():
 def test_cuda_asked_for_where_there_is_none_is_refused_with_a_remedy():
     with pytest.raises(train_gpt.ConfigError, match="DEVICE=cuda: .*unset"):
         train_gpt.Runtime({}, train_gpt.load_config({"DEVICE": "cuda"}))
+
+
+# ---- what a run would need ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_ms, peak_mib, changes, names", [
+    (100.0, 100, {}, []), (1_300_000.0, 100, {}, ["TRAIN_BATCH_TOKENS"]),
+    (100.0, 1 << 30, {}, ["MICRO_BATCH_TOKENS"]),
+    (1e9, 1 << 40, {}, ["TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS"]),
+    (1e9, 100, dict(max_wallclock_seconds=0.0), []),
+    (1e9, 1 << 40, dict(stage="evaluate"), [])])
+def test_a_run_that_cannot_make_a_step_is_not_well(step_ms, peak_mib, changes, names):
+    config = train_gpt.Config(device="cpu", **changes)
+    runtime = train_gpt.Runtime({}, config)
+    assert runtime.memory_bytes() > 1 << 28
+    found = train_gpt.forecast_faults(config, runtime, dict(step_ms=step_ms, peak_mib=peak_mib))
+    assert [fault.split("=")[0] for fault in found] == names
+    for fault in found:
+        assert "PRESET=demo" in fault
+        if lower := re.search(r"lower it to (\d+)", fault):
+            assert int(lower[1]) % 2048 == 0 and int(lower[1]) >= 2048
+
+
+@pytest.mark.parametrize("world", ["highest", "high"])
+def test_torchs_switches_come_back_as_they_were(monkeypatch, world):
+    """A score must not depend on which stages ran before it."""
+    torch.set_float32_matmul_precision(world)
+    runtime = train_gpt.Runtime({}, train_gpt.Config(device="cpu"))
+    monkeypatch.setattr(runtime, "device", torch.device("cuda"))  # where they differ
+    seen = []
+    try:
+        with runtime.switches():
+            seen.append(torch.get_float32_matmul_precision())
+            with contextlib.suppress(KeyError), runtime.switches(exact=True):
+                seen.append(torch.get_float32_matmul_precision())
+                raise KeyError
+            seen.append(torch.get_float32_matmul_precision())
+        assert seen == ["high", "highest", "high"]
+        assert torch.get_float32_matmul_precision() == world
+    finally:
+        torch.set_float32_matmul_precision("highest")
