@@ -718,7 +718,9 @@ class Runtime:
         if self.world_size == 1:
             return lambda: rows
         mine = torch.empty_like(rows[:len(rows) // self.world_size])
-        work = dist.reduce_scatter_tensor(mine, rows, async_op=True)
+        # torch 2.13 has renamed this one and the next
+        reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        work = reduce(mine, rows, async_op=True)
         return lambda: (work.wait(), mine)[1]
 
     def gather_rows(self, mine: Tensor):
@@ -726,7 +728,8 @@ class Runtime:
         if self.world_size == 1:
             return lambda: mine
         rows = mine.new_empty(len(mine) * self.world_size, *mine.shape[1:])
-        work = dist.all_gather_into_tensor(rows, mine.contiguous(), async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        work = gather(rows, mine.contiguous(), async_op=True)
         return lambda: (work.wait(), rows)[1]
 
     def agree(self, *values: float):
