@@ -138,28 +138,28 @@ class Span(NamedTuple):
         return min(done / whole, 1.0) if whole else 1.0
 
 
-PRESETS: dict[str, dict] = {
+PRESETS = {
     # PR #1471 as published, in exactly these quirks. Known deviations that stay: its path-hashed
     # sampler, pickle container, pruning of +-1 codes and bf16-rounded RoPE frequencies.
-    "pr1471": dict(
-        skip_to_lanes=False, scale_floor=1 / 31, scale_floor_embed=1 / 127, sdclip_k=12.85,
-        sdclip_k_embed=20.0, embed_gptq=False, hessian_ranks="first", score_tail=False,
-        gptq_reserve_seconds=10.0, compressor="brotli"),
+    "pr1471": f"""
+        SKIP_TO_LANES=0 SCALE_FLOOR={1 / 31} SCALE_FLOOR_EMBED={1 / 127} SDCLIP_K=12.85
+        SDCLIP_K_EMBED=20 EMBED_GPTQ=0 HESSIAN_RANKS=first SCORE_TAIL=0 GPTQ_RESERVE_SECONDS=10
+        COMPRESSOR=brotli""",
     # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
     # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
-    "one_gpu": dict(recur_start_frac=0.347, muon_momentum_warmup_frac=0.302, ema_decay=0.9725,
-                    train_log_every=50, gptq_calibration_batches=16),
+    "one_gpu": """
+        RECUR_START_FRAC=0.347 MUON_MOMENTUM_WARMUP_FRAC=0.302 EMA_DECAY=0.9725 TRAIN_LOG_EVERY=50
+        GPTQ_CALIBRATION_BATCHES=16""",
     # A small sibling for the corpus that data/build_demo.py makes: every part of a record run,
     # minutes on a laptop.
-    "demo": dict(
-        data_path="./data/datasets/demo", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-        vocab_size=1024, max_wallclock_seconds=0.0, iterations=200, train_batch_tokens=4096,
-        micro_batch_tokens=4096, train_seq_len=256, eval_seq_len=256, num_layers=6, model_dim=128,
-        num_heads=4, num_kv_heads=2, xsa_last_n=6, ve_layers=(4, 5), ve_dim=32, recur_layers=(2, 3),
-        parallel_start_layer=4, recur_start_frac=0.35, muon_momentum_warmup_frac=0.3,
-        warmup_steps=2, ema_decay=0.95, train_log_every=20, val_loss_every=100,
-        val_batch_tokens=65_536, fp16_max_numel=4096, prequant_sliding=True,
-        artifact_max_bytes=785_000),
+    "demo": """
+        DATA_PATH=./data/datasets/demo TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model
+        VOCAB_SIZE=1024 MAX_WALLCLOCK_SECONDS=0 ITERATIONS=200 TRAIN_BATCH_TOKENS=4096
+        MICRO_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 NUM_LAYERS=6 MODEL_DIM=128
+        NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 VE_LAYERS=4,5 VE_DIM=32 RECUR_LAYERS=2,3
+        PARALLEL_START_LAYER=4 RECUR_START_FRAC=0.35 MUON_MOMENTUM_WARMUP_FRAC=0.3 WARMUP_STEPS=2
+        EMA_DECAY=0.95 TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=100 VAL_BATCH_TOKENS=65536
+        FP16_MAX_NUMEL=4096 PREQUANT_SLIDING=1 ARTIFACT_MAX_BYTES=785000""",
 }
 
 
@@ -175,7 +175,8 @@ class Config:
     adopted: bool = False  # what earlier stages consumed comes from an input file, see `adopt`
 
     knob = topic("run", "run")
-    preset: str = knob("", "named defaults; environment settings beat them", choices=tuple(PRESETS))
+    preset: str = knob("", f"defaults that environment settings beat: {', '.join(PRESETS)}, a file "
+                           "of NAME=VALUE lines, or several with commas, the later one beats")
     stage: str = knob("all", "which part to run", choices=("all", *STAGES))
     run_id: str = knob("", "folder under runs/ and log name; empty: time and a random tag")
     input_path: str = knob("", "run folder or file that STAGE=quantize|evaluate reads")
@@ -514,22 +515,46 @@ def name_faults(env, values: dict) -> list[str]:
     return faults
 
 
+def preset_settings(names: str) -> dict[str, str]:
+    """Return the settings of presets and of files of NAME=VALUE lines, joined by commas, as text.
+
+    Raises ValueError on a name that is neither and on a line that says no setting.
+    """
+    found: dict[str, str] = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        pairs = PRESETS.get(name, "").split()
+        if not pairs and Path(name).is_file():
+            lines = (line.split("#")[0].strip() for line in Path(name).read_text().splitlines())
+            pairs = [line for line in lines if line]
+        if not pairs or not all("=" in pair for pair in pairs):
+            raise ValueError(f"{name!r} must be one of {', '.join(PRESETS)}, or the path of a file "
+                             "of NAME=VALUE lines")
+        found.update((key.strip(), value.strip()) for key, _, value in
+                     (pair.partition("=") for pair in pairs))
+    return found
+
+
 def load_config(env) -> Config:
     """Return the Config that a mapping of environment variables describes.
 
     Raises ConfigError with all faults at once: misspelt names, bad types, ranges, combinations,
     names of other systems at a value this script does not build.
     """
-    faults, values = [], dict(PRESETS.get(env.get("PRESET", "").strip(), {}))
+    faults, values, given = [], {}, {}
+    try:
+        given = preset_settings(env.get("PRESET", ""))
+    except (ValueError, OSError) as error:
+        faults.append(f"PRESET={env['PRESET']}: {error}")
+    given |= env
     for name, f in KNOBS.items():
-        if name.upper() in env:
+        if name.upper() in given:
             try:
-                values[name] = parse_setting(env[name.upper()], f.type)
+                values[name] = parse_setting(given[name.upper()], f.type)
             except ValueError as error:
-                faults.append(f"{name.upper()}={env[name.upper()]}: must be {error}")
+                faults.append(f"{name.upper()}={given[name.upper()]}: must be {error}")
     typed = frozenset(name for name in KNOBS if name.upper() in env)
     config = Config(explicit=frozenset(values), typed=typed, **values)
-    faults = name_faults(env, values) + faults + config_faults(config)
+    faults = name_faults(given, values) + faults + config_faults(config)
     if faults:
         raise ConfigError(faults, shared=True)
     return config
@@ -633,8 +658,7 @@ def help_text() -> str:
             lines += [f"  {name.upper()} = {show_value(f.default)}",
                       f"      {kind}: {f.metadata['note']}"]
     lines.append("\npresets (PRESET=name): defaults that environment settings still beat")
-    lines += [" ".join([f"  {name}:", *(f"{k.upper()}={show_value(v)}" for k, v in values.items())])
-              for name, values in PRESETS.items()]
+    lines += [f"  {name}: {' '.join(settings.split())}" for name, settings in PRESETS.items()]
     lines += ["\nknown, without effect", "  " + " ".join(WITHOUT_EFFECT),
               "\nnot built, accepted only at the value shown (none: unset)",
               "  " + " ".join(map("=".join, NEUTRAL.items()))]

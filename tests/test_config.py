@@ -326,16 +326,41 @@ def test_parsed_value_prints_and_parses_to_itself(text, kind):
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_builds_and_yields_to_the_environment(name):
     config = load_config({"PRESET": name})
-    assert config.preset == name and config.explicit == {"preset", *PRESETS[name]}
-    assert all(getattr(config, key) == value for key, value in PRESETS[name].items())
+    settings = dict(pair.split("=") for pair in PRESETS[name].split())
+    assert config.preset == name and config.typed == {"preset"}
+    assert config.explicit == {"preset", *map(str.lower, settings)}
+    assert all(train_gpt.plain_value(train_gpt.show_value(getattr(config, key.lower())))
+               == train_gpt.plain_value(value) for key, value in settings.items())
     assert train_gpt.count_parameters(config) > 0
-    key = next(key for key, value in PRESETS[name].items() if type(value) is float)
+    key = next(key.lower() for key in settings if KNOBS[key.lower()].type == "float")
     beaten = load_config({"PRESET": name, key.upper(): "0.125"})
     assert beaten.public() == config.public() | {key: 0.125}
 
 
 def test_unknown_preset_is_refused_listing_the_known_ones():
-    assert fault_of({"PRESET": "sp9000"}).endswith(", ".join(PRESETS))
+    assert ", ".join(PRESETS) in fault_of({"PRESET": "sp9000"})
+
+
+def test_presets_join_and_the_later_one_beats(tmp_path):
+    both = load_config({"PRESET": "demo,one_gpu"})
+    assert (both.num_layers, both.ema_decay, both.train_log_every) == (6, 0.9725, 50)
+    assert load_config({"PRESET": "one_gpu, demo"}).ema_decay == 0.95
+    file = tmp_path / "mine.env"
+    file.write_text("# of mine\nNUM_LAYERS=8  # deeper\n\n RECUR_LAYERS = 3,4 \nTTT_ENABLED=0\n")
+    mine = load_config({"PRESET": f"demo,{file}", "EMA_DECAY": "0.5"})
+    assert (mine.num_layers, mine.recur_layers, mine.ema_decay) == (8, (3, 4), 0.5)
+    assert mine.explicit > mine.typed == {"preset", "ema_decay"}
+
+
+@pytest.mark.parametrize("text, word", [
+    ("NUM_LAYER=8", "did you mean NUM_LAYERS"), ("NUM_LAYERS=x", "whole number"),
+    ("TTT_ENABLED=1", "not built"), ("NUM_LAYERS", "NAME=VALUE"), ("", "NAME=VALUE"),
+    ("# nothing", "NAME=VALUE")])
+def test_a_preset_file_is_checked_like_the_environment(tmp_path, text, word):
+    file = tmp_path / "mine.env"
+    file.write_text(text)
+    assert word in fault_of({"PRESET": str(file)})
+    assert "NAME=VALUE" in fault_of({"PRESET": str(tmp_path)})
 
 
 def test_published_preset_has_the_published_quirks():
@@ -519,7 +544,8 @@ def test_a_torchrun_variable_that_is_no_number_is_refused_in_one_line(name, valu
 
 def test_a_presets_own_value_yields_to_the_files():
     """PRESET=demo STAGE=evaluate on an artifact with another cap: nobody typed the preset's."""
-    made = train_gpt.artifact_config(load_config({"PRESET": "demo", "ARTIFACT_MAX_BYTES": "700000"}))
+    env = {"PRESET": "demo", "ARTIFACT_MAX_BYTES": "700000"}
+    made = train_gpt.artifact_config(load_config(env))
     asked = load_config({"PRESET": "demo", "STAGE": "evaluate"})
     found = train_gpt.adopt(asked, {"config": made}, "evaluate", Path("file"))
     assert found.artifact_max_bytes == 700_000

@@ -386,7 +386,7 @@ def test_every_knob_is_read_outside_config():
     knobs, properties = {}, {}
     config = next(n for n in TREE.body if isinstance(n, ast.ClassDef) and n.name == "Config")
     for node in config.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+        if isinstance(node, ast.AnnAssign) and dotted(getattr(node.value, "func", None)) == "knob":
             knobs[node.target.id] = node.lineno
         elif isinstance(node, (*FUNCTIONS, ast.Assign)):  # also name = property(lambda self: …)
             names = [node.name] if isinstance(node, FUNCTIONS) else defined_names(node)
