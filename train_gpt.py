@@ -1789,7 +1789,10 @@ def training_faults(config: Config, files: list[Path]) -> list[str]:
         shard = open_shard(path)
         places = np.linspace(0, max(0, len(shard) - 4096), 4).astype(int)
         tokens = np.concatenate([shard[at:at + 4096] for at in places])
-        if len(tokens) and (fault := sample_fault(processor, pieces, tokens, 40)):
+        if tokens.max(initial=0) >= config.vocab_size:
+            faults.append(f"{path}: token {tokens.max()} is outside VOCAB_SIZE="
+                          f"{config.vocab_size}: a shard of another vocabulary")
+        elif len(tokens) and (fault := sample_fault(processor, pieces, tokens, 40)):
             faults.append(f"{path}: {fault}")
     return faults
 

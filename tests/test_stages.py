@@ -671,7 +671,8 @@ def test_a_shard_of_another_vocabulary_is_refused(tiny_env, data_copy, tmp_path,
 
 def test_foreign_tokens_deep_in_a_shard_end_the_run_in_one_line(tiny_env, data_copy, tmp_path):
     path = data_copy / "shards" / "fineweb_train_000000.bin"
-    rewrite(path, lambda tokens: np.concatenate([*[tokens] * 2, np.full(9_000, VOCAB_SIZE)]))
+    other = np.full(20_000, VOCAB_SIZE)  # behind the first tokens, and between the samples
+    rewrite(path, lambda tokens: np.concatenate([*[tokens] * 3, other, *[tokens] * 2]))
     done = run_here({**pointing_at(tiny_env, data_copy), "RUN_ID": "deep"}, tmp_path)
     assert done.rc == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1 and f"VOCAB_SIZE={VOCAB_SIZE}" in done.stderr
