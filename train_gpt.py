@@ -217,6 +217,8 @@ class Config:
     muon_momentum_warmup_steps: int = knob(1500, "steps of momentum warm-up; 0: none", 0)
     muon_momentum_warmup_frac: float | None = knob(None, "share of the run; beats the steps", 0, 1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 100)
+    ns_coefficients: str = knob("quintic", "of Newton-Schulz; polar: Polar Express; PR #1855",
+                                choices=("quintic", "polar"))
     beta1: float = knob(0.9, "AdamW", 0, 0.9999999)
     beta2: float = knob(0.95, "AdamW", 0, 0.9999999)
     adam_eps: float = knob(1e-8, "AdamW", 0)
@@ -243,7 +245,14 @@ class Config:
     mlp_mult: float = knob(4.0, "MLP hidden width over MODEL_DIM", 0.01, 256)
     xsa_last_n: int = knob(11, "last layers whose heads drop their own value; PR #287", 0, 1024)
     skip_gates_enabled: bool = knob(True, "skips blend through a gate instead of adding")
+    skip_rows: str = knob("depth", "U-Net skips: NUM_LAYERS // 2, or all that the orders can use",
+                          choices=("depth", "orders"))
     skip_to_lanes: bool = knob(True, "skips reach the attention lane; PR #1395 (0: #1471)")
+    attn_gate: str = knob("none", "sparse: heads times sigmoid of the first inputs; PR #1787",
+                          choices=("none", "sparse"))
+    gate_window: int = knob(12, "inputs that gates read; as wide as the model: dense", 1, 65_536)
+    attn_gate_scale: float = knob(0.5, "of the gate's argument; PR #1787", 0)
+    smear_gate: bool = knob(False, "embeddings take in the one before, in a document; PR #1667")
     ln_scale: bool = knob(True, "normed inputs times 1/sqrt(layer + 1); PR #315")
     ve_enabled: bool = knob(True, "add value embeddings to V; PR #414")
     ve_dim: int = knob(128, "value-embedding width", 1, 65_536)
@@ -255,6 +264,8 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "std of the initial embedding", 0)
     recur_layers: tuple[int, ...] = knob((3, 4, 5), "block of layers run twice; PR #1471")
     virtual_order: tuple[int, ...] = knob((), "recurrent order; beats RECUR_LAYERS")
+    lane_routing: str = knob("scalar", "lanes merged by a scalar, or each half's output routed to "
+                             "both; PR #1529", choices=("scalar", "learned"))
     parallel_start_layer: int = knob(7, "two lanes from here on; 0: none; PR #1471", 0, 1024)
 
     knob = topic("quantization", "quantize")
@@ -341,6 +352,9 @@ class Config:
 
 KNOBS: dict[str, Any] = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 ARTIFACT_KNOBS = {name: f for name, f in KNOBS.items() if f.metadata["topic"] in ARTIFACT_TOPICS}
+# Settings younger than artifacts that can be read -> what a file without them was made with.
+SINCE = dict(skip_rows="depth", attn_gate="none", gate_window=12, attn_gate_scale=0.5,
+             smear_gate=False, lane_routing="scalar")
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -407,6 +421,8 @@ def combination_rules(c: Config) -> list[tuple]:
          "must be even and at most the head width MODEL_DIM / NUM_HEADS"),
         (c.eval_seq_len <= c.train_seq_len or (c.rope_dims or c.head_dim) > 2, "eval_seq_len",
          "longer than TRAIN_SEQ_LEN needs ROPE_DIMS above 2"),
+        (c.gate_window <= c.model_dim or not (c.smear_gate or c.attn_gate != "none"),
+         "gate_window", "must be at most MODEL_DIM"),
         (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
         (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
          f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
@@ -566,7 +582,7 @@ def adopt(config: Config, header: dict, stage: str, origin: Path) -> Config:
     Raises ConfigError when a setting that an earlier stage consumed is set to another value than
     the file's: it could not have any effect any more.
     """
-    stored = stored_settings(header, origin)
+    stored = SINCE | stored_settings(header, origin)
     earlier = ARTIFACT_TOPICS[:[*STAGES].index(stage)]
     consumed = {name for name, f in KNOBS.items() if f.metadata["topic"] in earlier}
     if lacking := sorted(consumed - set(stored)):
@@ -608,6 +624,9 @@ def idle_settings(c: Config) -> list[tuple]:
          "GPTQ_CALIBRATION_BATCHES GPTQ_RESERVE_SECONDS HESSIAN_RANKS EMBED_GPTQ"),
         (not c.max_wallclock_seconds, "MAX_WALLCLOCK_SECONDS=0", "GPTQ_RESERVE_SECONDS"),
         (not c.ve_enabled, "VE_ENABLED=0", "VE_DIM VE_LAYERS"),
+        (c.attn_gate == "none", "ATTN_GATE=none", "ATTN_GATE_SCALE"),
+        (c.attn_gate == "none" and not c.smear_gate, "ATTN_GATE=none SMEAR_GATE=0", "GATE_WINDOW"),
+        (not c.lanes_split, "PARALLEL_START_LAYER without lanes", "LANE_ROUTING SKIP_TO_LANES"),
         (c.rule != "fisher", "STEP_RULE=sdclip",
          "ROW_POWER EMBED_POWER COLUMN_POWER TRELLIS COUPLE_ROWS"),
         (not c.trellis, "TRELLIS=0", "COUPLE_ROWS"),
@@ -1353,6 +1372,7 @@ KNOWN_VALIDATION = {
 WHOLE_TEXT_BYTES = 151_080_891  # of that validation text, raw
 OPERATORS = "\ue001\ue002\ue003\ue004"  # of CaseOps (PR #1626 and after); the last escapes one
 SAMPLES, SAMPLE_TOKENS = 2000, 400  # of the validation text, decoded and encoded again
+BOS_ID = 1  # begins every document of the challenge's shards
 GET_DATA = ("get some with one of\n"
             "  python data/build_demo.py && PRESET=demo python train_gpt.py  (small, no download)\n"
             "  python data/cached_challenge_fineweb.py --variant sp8192 && python train_gpt.py  "
@@ -1990,6 +2010,8 @@ def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
 #   heads that drop their own value  XSA_LAST_N              a gain per query head      QK_GAIN_INIT
 #   grouped keys and values          NUM_KV_HEADS            shrinking normed inputs    LN_SCALE
 #   leaky ReLU squared               MLP_MULT                every layer also reads x0  always
+#   gates on head outputs            ATTN_GATE, GATE_WINDOW  smeared embeddings         SMEAR_GATE
+#   lanes that feed each other       LANE_ROUTING
 
 class Role(Enum):
     """What a parameter is, given where it is made: decides its optimizer and how it is stored."""
@@ -2034,7 +2056,8 @@ def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
     that arrive after the split reach the attention lane (PR #1395) or, with SKIP_TO_LANES=0, are
     lost (PR #1471).
     """
-    border, end, skips = len(order) // 2, len(order), skip_rows(config)
+    border, end = len(order) // 2, len(order)
+    skips = min(skip_rows(config), border)
     late = (at for at in range(border, end)
             if config.lanes_split and order[at] >= config.parallel_start_layer)
     lanes_from = next(late, end)
@@ -2046,8 +2069,10 @@ def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
 
 
 def skip_rows(config: Config) -> int:
-    """Return how many skip rows a model has: fixed by its physical depth."""
-    return config.num_layers // 2
+    """Return how many skip rows a model has: by its physical depth, or by what its orders use."""
+    if config.skip_rows == "depth":
+        return config.num_layers // 2
+    return max(len(order) // 2 for order in (config.base_order, config.recurrent_order))
 
 
 def phases(config: Config) -> list[Phase]:
@@ -2131,6 +2156,10 @@ class Attention(nn.Module):
         self.q_gain = parameter(Role.CONTROL, config.qk_gain_init, config.num_heads)
         excludes = layer >= config.num_layers - config.xsa_last_n
         self.exclude_self = exclude_self if excludes else lambda out, v: out
+        self.gate: Any = None
+        if config.attn_gate != "none":
+            self.gate = parameter(Role.CONTROL, 0.0, config.num_heads, config.gate_window)
+        self.gate_scale = config.attn_gate_scale
         adds = config.ve_enabled and layer in config.ve_layers
         self.value_row = config.ve_layers.index(layer) if adds else None
 
@@ -2145,6 +2174,10 @@ class Attention(nn.Module):
         q = rotate(rms_norm(q), *(table[here.kept] for table in here.rotary))
         q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *here.rotary)
         out = self.exclude_self(self.attend(q, k, v), v[:, here.kept])  # (B, S, H, K)
+        if self.gate is not None:
+            first = x_BTD[:, here.kept, :self.gate.shape[1]]
+            gate = torch.sigmoid(self.gate_scale * F.linear(first, self.gate.to(first.dtype)))
+            out = out * gate[..., None]  # (B, S, H, 1)
         return self.out(out.flatten(2).to(x_BTD.dtype))
 
 
@@ -2177,7 +2210,7 @@ class Block(nn.Module):
         self.attn_scale = parameter(Role.CONTROL, 1.0, config.model_dim)
         self.mlp_scale = parameter(Role.CONTROL, 1.0, config.model_dim)
         self.resid_mix = parameter(Role.CONTROL, [[1.0], [0.0]], 2, config.model_dim)
-        self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
+        self.layer, self.norm_scale = layer, (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
@@ -2226,6 +2259,48 @@ class ScalarLanes(OneStream):
     def merge(self, streams):
         share = self.share.to(streams[0].dtype)
         return share * streams[0] + (1 - share) * streams[1]
+
+
+class RoutedLanes(OneStream):
+    """Two lanes; each keeps a share of itself and takes in shares of what both halves add.
+
+    Attention reads the first lane mixed with x0, the MLP the second, both as they enter. keep
+    (layers, 2 lanes), route (layers, 2 lanes, 2 halves). Source: PR #1529.
+    """
+
+    def __init__(self, keep: Any, route: Any):
+        self.keep, self.route = keep, route
+
+    def split(self, x, here):
+        return x, x
+
+    def step(self, block, streams, here):
+        added = block.attended(block.mix(streams[0], here.x0), here)
+        fed, dtype = block.fed_forward(streams[1][:, here.kept]), added.dtype
+        keep, route = self.keep[block.layer].to(dtype), self.route[block.layer].to(dtype)
+        return tuple(keep[i] * lane[:, here.kept] + route[i, 0] * added + route[i, 1] * fed
+                     for i, lane in enumerate(streams))
+
+    def merge(self, streams):
+        return 0.5 * (streams[0] + streams[1])
+
+
+class SmearGate(nn.Module):
+    """Adds to each embedding a gated share of the one before, but at a document's start.
+
+    Source: PR #1667, masked as in PR #1855.
+    """
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.weight = parameter(Role.CONTROL, 0.0, window)
+        self.scale = parameter(Role.CONTROL, 0.0)
+
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        weight, scale = self.weight.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
+        gate = scale * torch.sigmoid(x_BTD[..., :len(weight)] @ weight)
+        gate = gate.masked_fill(tokens_BT == BOS_ID, 0.0)
+        return x_BTD + gate[..., None] * F.pad(x_BTD, (0, 0, 1, -1))
 
 
 class ValueEmbedding(nn.Module):
@@ -2277,9 +2352,16 @@ class GPT(nn.Module):
         size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
         self.skip_gates = parameter(Role.CONTROL, 0.0, *size) if config.skip_gates_enabled else None
-        # not in the lanes' own hands: files know it by this name
-        self.lane_merge: Any = parameter(Role.CONTROL, 0.5) if config.lanes_split else None
-        self.stream, self.lanes = OneStream(), ScalarLanes(self.lane_merge)
+        self.smear: Any = SmearGate(config.gate_window) if config.smear_gate else None
+        self.stream = self.lanes = OneStream()
+        # not in the lanes' own hands: files know these by their names
+        if config.lanes_split and config.lane_routing == "scalar":
+            self.lane_merge = parameter(Role.CONTROL, 0.5)
+            self.lanes = ScalarLanes(self.lane_merge)
+        elif config.lanes_split:
+            self.lane_keep = parameter(Role.CONTROL, 1.1, config.num_layers, 2)
+            self.lane_route = parameter(Role.CONTROL, 1.0, config.num_layers, 2, 2)
+            self.lanes = RoutedLanes(self.lane_keep, self.lane_route)
         self.rotary = functools.partial(
             rotary_tables, dims=config.rope_dims or config.head_dim, base=config.rope_base,
             train_len=train_len or config.train_seq_len, like=self.tok_emb.weight)
@@ -2301,7 +2383,8 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
         tokens, lanes, waiting = batch.tokens, self.stream, []
-        x0, length = rms_norm(self.tok_emb(tokens)), tokens.shape[1]
+        x0, length = self.tok_emb(tokens), tokens.shape[1]
+        x0 = rms_norm(x0 if self.smear is None else self.smear(x0, tokens))
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables = self.tables[length] if length in self.tables else self.rotary(length)
         asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
@@ -2349,8 +2432,15 @@ class GPT(nn.Module):
 # others AdamW, all of a role as one flat parameter.
 RATES = {Role.EMBED: ("tied_embed_lr", "embed_wd"), Role.MATRIX: ("matrix_lr", "muon_wd"),
          Role.CONTROL: ("scalar_lr", "adam_wd")}
-# (a, b, c) of a Newton-Schulz iteration X <- a X + (b P + c P P) X with P = X XT. Source: K. Jordan
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+# (a, b, c) of each Newton-Schulz iteration X <- a X + (b P + c P P) X with P = X XT; the last one
+# goes on. Sources: K. Jordan's Muon; Polar Express (arXiv 2505.16932), as in PR #1855.
+NEWTON_SCHULZ = dict(
+    quintic=[(3.4445, -4.7750, 2.0315)],
+    polar=[(8.156554524902461, -22.48329292557795, 15.878769915207462),
+           (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+           (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+           (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+           (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)])
 
 
 @dataclass(frozen=True)
@@ -2487,7 +2577,8 @@ class Optimizers:
                         for weights, *_ in self.bank.matrices]
         rates = {role: [getattr(config, name) for name in names] for role, names in RATES.items()}
         self.muon_lr, self.muon_decay = rates[Role.MATRIX]
-        self.iterations = [NEWTON_SCHULZ] * config.muon_backend_steps
+        table, steps = NEWTON_SCHULZ[config.ns_coefficients], config.muon_backend_steps
+        self.iterations = (table + table[-1:] * steps)[:steps]
         groups = [dict(params=[p], lr=rates[role][0], peak_lr=rates[role][0],
                        weight_decay=rates[role][1]) for role, p in self.bank.adam.items()]
         self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),

@@ -78,12 +78,19 @@ def param_shapes(sizes, vocab_size, model_dim, hidden_dim, ve_dim):
         shapes[f"blocks.{i}.attn_scale"] = (D,)
         shapes[f"blocks.{i}.mlp_scale"] = (D,)
         shapes[f"blocks.{i}.resid_mix"] = (2, D)
-    skip_rows = min(num_layers // 2, num_layers - num_layers // 2)
+        if sizes.get("gate_scale") is not None:
+            shapes[f"blocks.{i}.attn.gate"] = (sizes["num_heads"], sizes["gate_window"])
+    if sizes.get("smear"):
+        shapes["smear.weight"], shapes["smear.scale"] = (sizes["gate_window"],), ()
+    skip_rows = sizes.get("skip_rows", min(num_layers // 2, num_layers - num_layers // 2))
     shapes["skip_weights"] = (skip_rows, D)
     if sizes["skip_gates"]:
         shapes["skip_gates"] = (skip_rows, D)
     if 0 < sizes["lane_start"] < num_layers:
-        shapes["lane_merge"] = ()
+        if sizes.get("routed"):
+            shapes["lane_keep"], shapes["lane_route"] = (num_layers, 2), (num_layers, 2, 2)
+        else:
+            shapes["lane_merge"] = ()
     return shapes
 
 
@@ -161,6 +168,10 @@ def attention(params, layer, z_TD, tokens_T, sizes):
         o_TK = causal_attention(q_TK * params[prefix + "q_gain"][head], k_TK, v_TK)
         if layer >= sizes["num_layers"] - sizes["xsa_last_n"]:
             o_TK = exclude_self(o_TK, v_TK)
+        if prefix + "gate" in params:  # each head's output by a sigmoid of the first inputs
+            row = params[prefix + "gate"][head]
+            argument_T = sizes["gate_scale"] * torch.sum(z_TD[:, : len(row)] * row, dim=1)
+            o_TK = o_TK / (1 + torch.exp(-argument_T))[:, None]
         outputs.append(o_TK)
     return torch.cat(outputs, dim=1) @ params[prefix + "out.weight"].T
 
@@ -201,18 +212,46 @@ def blend_skip(params, row, x_TD, skip_TD, sizes):
     return gate_D * x_TD + (1 - gate_D) * skip_TD
 
 
+def smear(params, e_TD, tokens_T, bos_id=1):
+    """Return embeddings with a gated share of the one before added, none at a document's start.
+
+    Source: PR #1667, masked as in PR #1855.
+    """
+    weight, rows = params["smear.weight"], [e_TD[0]]
+    for t in range(1, len(e_TD)):
+        argument = torch.sum(weight * e_TD[t, : len(weight)])
+        gate = params["smear.scale"] / (1 + torch.exp(-argument))
+        rows.append(e_TD[t] if tokens_T[t] == bos_id else e_TD[t] + gate * e_TD[t - 1])
+    return torch.stack(rows)
+
+
 def encode(params, tokens_T, order, sizes):
     """Run the embedding and the first half of the order.
 
     Returns the stream (T, D), the normalised embedding (T, D) and the stack of outputs.
     """
-    x0_TD = rms_norm(params["tok_emb.weight"][tokens_T])
+    e_TD = params["tok_emb.weight"][tokens_T]
+    if "smear.weight" in params:
+        e_TD = smear(params, e_TD, tokens_T)
+    x0_TD = rms_norm(e_TD)
     x_TD, stack = x0_TD, []
     for layer in order[: len(order) // 2]:
         x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
         x_TD = mlp_half(params, layer, x_TD, sizes)
         stack.append(x_TD)
     return x_TD, x0_TD, stack
+
+
+def routed(params, layer, first_TD, second_TD, x0_TD, tokens_T, sizes):
+    """Return both lanes after a layer whose halves feed either of them. Source: PR #1529."""
+    mix, prefix = params[f"blocks.{layer}.resid_mix"], f"blocks.{layer}."
+    u_TD = mix[0] * first_TD + mix[1] * x0_TD
+    a_TD = attention(params, layer, normed(u_TD, layer, sizes), tokens_T, sizes)
+    f_TD = mlp(params, layer, normed(second_TD, layer, sizes))
+    a_TD, f_TD = params[prefix + "attn_scale"] * a_TD, params[prefix + "mlp_scale"] * f_TD
+    keep, route = params["lane_keep"][layer], params["lane_route"][layer]
+    return (keep[0] * first_TD + route[0, 0] * a_TD + route[0, 1] * f_TD,
+            keep[1] * second_TD + route[1, 0] * a_TD + route[1, 1] * f_TD)
 
 
 def decode(params, tokens_T, order, sizes, skip_to_lanes, encoded):
@@ -229,13 +268,17 @@ def decode(params, tokens_T, order, sizes, skip_to_lanes, encoded):
                 attn_lane = blend_skip(params, row, attn_lane, skip_TD, sizes)
         if lanes_on and layer >= sizes["lane_start"] and not split:
             attn_lane, mlp_lane, split = x_TD, x_TD, True
-        if split:
+        if split and "lane_keep" in params:
+            attn_lane, mlp_lane = routed(params, layer, attn_lane, mlp_lane, x0_TD, tokens_T, sizes)
+        elif split:
             attn_lane = attention_half(params, layer, attn_lane, x0_TD, tokens_T, sizes)
             mlp_lane = mlp_half(params, layer, mlp_lane, sizes)
         else:
             x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
             x_TD = mlp_half(params, layer, x_TD, sizes)
-    if split:
+    if split and "lane_keep" in params:
+        x_TD = (attn_lane + mlp_lane) / 2
+    elif split:
         merge = params["lane_merge"]
         x_TD = merge * attn_lane + (1 - merge) * mlp_lane
     return x_TD

@@ -21,8 +21,9 @@ VOCAB = 512
 @pytest.fixture(scope="module")
 def documents(tiny_documents):
     """Return some 250 documents, a few with capitals, digits and other scripts."""
-    more = ["Größe 1 234,5 µm ＦＵＬＬ width", "日本語のテキスト と english", "émigré naïve ½ cup ﬁne",
-            "1234567890 42 007", "don't  stop   here\tnow", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 letters", "🙂🙃 emoji 🇨🇭"]
+    more = ["Größe 1 234,5 µm ＦＵＬＬ width", "日本語のテキスト と english",
+            "émigré naïve ½ cup ﬁne", "1234567890 42 007", "don't  stop   here\tnow",
+            "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 letters", "🙂🙃 emoji 🇨🇭"]
     return (tiny_documents[:240] + more) * 2
 
 

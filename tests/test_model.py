@@ -20,6 +20,7 @@ from toys import (
     toy_config,
 )
 
+import train_gpt
 from train_gpt import (
     GPT,
     Batch,
@@ -38,6 +39,10 @@ from train_gpt import (
     softcap_logits,
 )
 
+FRONTIER = dict(
+    ve_enabled=False, virtual_order=(0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10),
+    parallel_start_layer=8, lane_routing="learned", skip_rows="orders", attn_gate="sparse",
+    smear_gate=True)
 VARIANTS = {
     "record": {},
     "PR 1471's lost skips": dict(skip_to_lanes=False),
@@ -56,6 +61,12 @@ VARIANTS = {
     "two layers repeated": dict(recur_layers=(4, 5), logit_softcap=2.0),
     "order of one's own": dict(virtual_order=(0, 1, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 10)),
     "even depth": dict(num_layers=6, recur_layers=(2,), parallel_start_layer=4, ve_layers=(5,)),
+    "gated heads": dict(attn_gate="sparse", gate_window=5),
+    "dense gates of their own scale": dict(attn_gate="sparse", gate_window=16, attn_gate_scale=2.0),
+    "smeared embeddings": dict(smear_gate=True, gate_window=7),
+    "routed lanes": dict(lane_routing="learned"),
+    "routed lanes without skips": dict(lane_routing="learned", skip_to_lanes=False),
+    "the frontier's 17": FRONTIER,
     "one layer": dict(num_layers=1, recur_layers=(), parallel_start_layer=0, ve_layers=(0,)),
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -108,9 +119,10 @@ def test_names_and_shapes_equal_the_reference(changes):
 
 def test_roles_follow_from_shapes():
     """Tables by vocabulary, every other two-dimensional weight a matrix, the rest control."""
-    for name, p in meta_model(toy_config()).named_parameters():
-        two = p.ndim == 2 and name not in ("skip_weights", "skip_gates")
-        two = two and not name.endswith("resid_mix")
+    config = toy_config(attn_gate="sparse", smear_gate=True, lane_routing="learned")
+    for name, p in meta_model(config).named_parameters():
+        two = p.ndim == 2 and name not in ("skip_weights", "skip_gates", "lane_keep")
+        two = two and not name.endswith(("resid_mix", "attn.gate"))
         expected = Role.EMBED if p.shape[:1] == (29,) else Role.MATRIX if two else Role.CONTROL
         assert p.role is expected, name
 
@@ -147,6 +159,65 @@ def test_published_orders_and_skips(env, order, skips):
     found = [(order[target], order[source]) for _, target, source in skips_of(after)]
     assert found == skips and len(skips_of(before)) == 5
     assert order[split_of(after)] == 7 and before.order[split_of(before)] == 7
+
+
+def test_the_frontiers_order_has_the_published_skips_and_lanes():
+    """Eight rows for both orders; the first looped skip is the last encoder output itself."""
+    config = load_config({name.upper(): train_gpt.show_value(value)
+                          for name, value in FRONTIER.items()})
+    before, after = layouts_of(config)
+    assert (len(before.steps), len(after.steps), skip_rows(config)) == (11, 17, 8)
+    order = after.order
+    assert [(row, order[target], source) for row, target, source in skips_of(after)] == [
+        (0, 5, 7), (1, 3, 6), (2, 4, 5), (3, 5, 4), (4, 6, 3), (5, 7, 2), (6, 8, 1), (7, 9, 0)]
+    assert [(row, before.order[target], source) for row, target, source in skips_of(before)] == [
+        (0, 5, 4), (1, 6, 3), (2, 7, 2), (3, 8, 1), (4, 9, 0)]
+    for layout in (before, after):
+        assert [layout.order[at] for at in range(split_of(layout), len(layout.steps))] == [8, 9, 10]
+
+
+def test_the_frontier_has_the_published_number_of_parameters():
+    config = load_config({name.upper(): train_gpt.show_value(value)
+                          for name, value in FRONTIER.items()})
+    assert train_gpt.count_parameters(config) == 35_945_671
+    plainer = load_config({"VE_ENABLED": "0", "SKIP_ROWS": "orders", "VIRTUAL_ORDER":
+                           train_gpt.show_value(FRONTIER["virtual_order"]),
+                           "PARALLEL_START_LAYER": "0"})
+    assert train_gpt.count_parameters(plainer) == 35_944_536
+
+
+@pytest.mark.parametrize("attend", (attention_sdpa, attention_math))
+def test_gradients_of_gates_smear_and_routes_equal_the_reference(exact, attend):
+    config = toy_config(**FRONTIER)
+    model = random_model(config, dtype=torch.float64, attend=attend).double()
+    windows = random_tokens(config, 2, 9)
+    windows[0, 4] = windows[1, 0] = 1  # a document starts
+    params = {name: p.requires_grad_() for name, p in doubles(model).items()}
+    expected = plain.loss(params, windows[:, :-1], windows[:, 1:], config.recurrent_order,
+                          sizes_of(config))
+    expected.backward()
+    loss = model.mean_loss(Batch.of_windows(windows), layouts_of(config)[1])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for name, p in model.named_parameters():
+        reference = params[name].grad
+        if reference is None or not reference.any():
+            assert p.grad is None or not p.grad.any(), name
+        else:
+            torch.testing.assert_close(p.grad, reference, rtol=1e-8, atol=1e-10)
+
+
+def test_embeddings_are_not_smeared_across_documents(exact):
+    config = toy_config(smear_gate=True)
+    model, tokens = random_model(config, dtype=torch.float64), random_tokens(config, 1, 8)
+    tokens[0, 4] = 1
+    x = model.tok_emb(tokens)
+    changed = x.clone()
+    changed[0, 3] += 1.0
+    before, after = model.smear(x, tokens), model.smear(changed, tokens)
+    assert torch.equal(before[0, 4:], after[0, 4:]) and not torch.equal(before[0, 3], after[0, 3])
+    tokens[0, 4] = 2
+    assert not torch.equal(model.smear(x, tokens)[0, 4], model.smear(changed, tokens)[0, 4])
 
 
 def test_published_skips_into_the_lanes_are_lost():

@@ -137,7 +137,7 @@ def test_backward_accumulates_in_place(banked):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_newton_schulz_equals_the_reference_per_matrix(shape, dtype, tolerance):
     g = torch.randn(shape, dtype=dtype)
-    found = newton_schulz(g, [NEWTON_SCHULZ] * 5, dtype)
+    found = newton_schulz(g, NEWTON_SCHULZ["quintic"] * 5, dtype)
     assert found.dtype == dtype
     for i in range(shape[0]):
         expected = plain.newton_schulz(g[i], 5, dtype)
@@ -145,7 +145,7 @@ def test_newton_schulz_equals_the_reference_per_matrix(shape, dtype, tolerance):
 
 
 def test_newton_schulz_flattens_the_spectrum_in_bf16():
-    found = newton_schulz(torch.randn(4, 24, 60), [NEWTON_SCHULZ] * 5, torch.bfloat16)
+    found = newton_schulz(torch.randn(4, 24, 60), NEWTON_SCHULZ["quintic"] * 5, torch.bfloat16)
     singular = torch.linalg.svdvals(found.double())
     assert found.dtype == torch.bfloat16
     assert singular.min() > 0.6 and singular.max() < 1.3
@@ -308,6 +308,22 @@ def test_ranks_together_equal_one_rank(world_size):
             assert torch.equal(weight, together[0][0][name])
             torch.testing.assert_close(weight, alone[name], rtol=1e-4, atol=2e-5)
         assert held == [-(-count // world_size) for count in all_momenta]  # an equal share each
+
+
+@pytest.mark.parametrize("steps", (3, 5, 7))
+def test_polar_express_maps_singular_values_near_one(steps):
+    """Five iterations take all of [.001, 1] into [.8589, 1.1411], as computed elsewhere."""
+    config = toy_config(ns_coefficients="polar", muon_backend_steps=steps)
+    iterations = Optimizers(random_model(config), config, Rank()).iterations
+    s = torch.logspace(-3, 0, 2000, dtype=torch.float64)
+    for a, b, c in iterations:
+        s = a * s + b * s ** 3 + c * s ** 5
+    assert len(iterations) == steps
+    if steps == 5:
+        assert s.min().item() == pytest.approx(0.8589, abs=1e-4)
+        assert s.max().item() == pytest.approx(1.1411, abs=1e-4)
+    values = torch.linalg.svdvals(newton_schulz(torch.randn(2, 24, 60), iterations, torch.float32))
+    assert steps < 5 or ((values > 0.8) & (values < 1.2)).all()
 
 
 # ---- schedule ------------------------------------------------------------------------------

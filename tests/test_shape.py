@@ -45,7 +45,7 @@ MAY_USE = {
 }
 # A forward takes a batch; the optimizer sees roles, not the model; calibration asks the step rule
 # what it needs; the preflight shows settings that differ.
-ONLY = {"Model": {"Batch"}, "Optimizer": {"Role"}, "Calibrate": {"STEP_RULES"},
+ONLY = {"Model": {"BOS_ID", "Batch"}, "Optimizer": {"Role"}, "Calibrate": {"STEP_RULES"},
         "Report": {"attention_sdpa", "windowed_form"}, "Preflight": {"show_value"}}
 # Room -> imported names it must not touch.
 FORBIDDEN_IMPORTS = {

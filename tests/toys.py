@@ -39,6 +39,12 @@ def sizes_of(config):
              "xsa_last_n logit_softcap ln_scale")
     return {name: getattr(config, name) for name in names.split()} | {
         "ve_layers": config.ve_layers if config.ve_enabled else (),
+        "gate_scale": config.attn_gate_scale if config.attn_gate != "none" else None,
+        "gate_window": config.gate_window, "smear": config.smear_gate,
+        "routed": config.lane_routing == "learned",
+        **({"skip_rows": max(min(len(order) // 2, len(order) - len(order) // 2)
+                             for order in (config.base_order, config.recurrent_order))}
+           if config.skip_rows == "orders" else {}),
         "lane_start": config.parallel_start_layer, "skip_gates": config.skip_gates_enabled}
 
 
