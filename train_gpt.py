@@ -352,6 +352,10 @@ class Config:
 
 KNOBS: dict[str, Any] = {f.name: f for f in dataclasses.fields(Config) if f.metadata}
 ARTIFACT_KNOBS = {name: f for name, f in KNOBS.items() if f.metadata["topic"] in ARTIFACT_TOPICS}
+# A general setting -> special ones that beat it.
+BEATEN_BY = dict(
+    data_dir="data_path tokenizer_path", recur_start_step="recur_start_frac",
+    recur_layers="virtual_order", muon_momentum_warmup_steps="muon_momentum_warmup_frac")
 # Settings younger than artifacts that can be read -> what a file without them was made with.
 SINCE = dict(skip_rows="depth", attn_gate="none", gate_window=12, attn_gate_scale=0.5,
              smear_gate=False, lane_routing="scalar")
@@ -569,6 +573,9 @@ def load_config(env) -> Config:
             except ValueError as error:
                 faults.append(f"{name.upper()}={given[name.upper()]}: must be {error}")
     typed = frozenset(name for name in KNOBS if name.upper() in env)
+    for name in typed:  # what is typed beats what only a preset says
+        for special in set(BEATEN_BY.get(name, "").split()) - typed:
+            values.pop(special, None)
     config = Config(explicit=frozenset(values), typed=typed, **values)
     faults = name_faults(given, values) + faults + config_faults(config)
     if faults:
@@ -694,10 +701,8 @@ class Runtime:
     """
 
     def __init__(self, env, config: Config):
-        self.rank = torchrun_number(env, "RANK")
-        self.world_size = torchrun_number(env, "WORLD_SIZE", 1)
-        self.is_main, local_rank = self.rank == 0, torchrun_number(env, "LOCAL_RANK")
-        self.signals = Signals()
+        self.rank, local_rank, self.world_size = launched_as(env)
+        self.is_main, self.signals = self.rank == 0, Signals()
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
             raise ConfigError(["DEVICE=cuda: torch sees none; unset it or install a CUDA build"])
@@ -712,8 +717,15 @@ class Runtime:
             torch.cuda.set_device(self.device)
         if self.world_size > 1:
             # rank 0 quantises and packs alone, minutes long, while the others wait for it
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                    timeout=timedelta(seconds=config.dist_timeout_seconds))
+            limit = timedelta(seconds=config.dist_timeout_seconds)
+            try:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError([
+                    f"MASTER_ADDR={env['MASTER_ADDR']} MASTER_PORT={env['MASTER_PORT']}: rank "
+                    f"{self.rank} of {self.world_size} cannot join the others there: start "
+                    "all of them, on a free port and a host that they reach. "
+                    + str(error).split("\n")[0]]) from None
 
     def compile(self, function):
         """Return `function` compiled for static shapes, or as it is where compilation is off."""
@@ -852,18 +864,33 @@ class Runtime:
                     brotli=getattr(brotli, "__version__", None), compiled=self.compiles)
 
 
-def torchrun_number(env, name: str, default: int = 0) -> int:
-    """Return one of torchrun's variables; raises ConfigError when it is no whole number."""
-    try:
-        return int(env.get(name, default))
-    except ValueError:
-        raise ConfigError([f"{name}={env[name]}: must be a whole number; start several processes "
-                           "with torchrun, or unset it"]) from None
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched_as(env) -> tuple[int, int, int]:
+    """Return (rank, local rank, world size) by torchrun's variables; alone where there are none.
+
+    Raises ConfigError unless they are all there and fit each other.
+    """
+    found = {name: env[name] for name in LAUNCH if name in env}
+    if not found.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
+        return 0, 0, 1
+    with contextlib.suppress(ValueError, KeyError):
+        rank, local_rank, world_size, port = (
+            int(found[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"))
+        if 0 <= local_rank <= rank < world_size and found["MASTER_ADDR"] and 0 <= port < 65_536:
+            return rank, local_rank, world_size
+    text = " ".join(f"{name}={value!r}" for name, value in found.items())
+    raise ConfigError([f"{text}: {', '.join(LAUNCH)} must all be set and fit each other; start "
+                       "with torchrun, or unset them"])
 
 
 def is_main_rank(env) -> bool:
     """Return whether this process is rank 0, also before (or without) a Runtime."""
-    return env.get("RANK", "0") == "0"
+    try:
+        return launched_as(env)[0] == 0
+    except ConfigError:
+        return True  # whatever it is, somebody must say why
 
 
 def contact_lost(error: Exception) -> bool:
@@ -891,7 +918,7 @@ def process_age_seconds() -> float:
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT asked this run to end."""
+    """A signal asked this run to end."""
 
     def __init__(self, number: int):
         self.number = number
@@ -899,7 +926,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Ends a run in order on SIGTERM or SIGINT.
+    """Ends a run in order on SIGTERM, SIGINT, a closed terminal and what schedulers send.
 
     While `deferred`, the number is kept for the training loop, which saves first; otherwise
     Interrupted is raised on the spot, since files are whole or absent. Another signal a second or
@@ -924,8 +951,11 @@ class Signals:
             raise Interrupted(self.number)
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+        names = "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGXCPU".split()
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # nohup has SIGHUP ignored, and so it stays
+        self.before = {number: signal.signal(number, self.handle) for number in numbers
+                       if signal.getsignal(number) is not signal.SIG_IGN}
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -1134,8 +1164,8 @@ class Log:
             self.show(line)
 
     def show(self, line: str):
-        """Print a line; a console that takes none (a full disk, a closed pipe) ends no run."""
-        with contextlib.suppress(OSError):
+        """Print a line; a console that takes none (full disk, closed or no stream) ends no run."""
+        with contextlib.suppress(OSError, ValueError):
             print(line, flush=True)
 
     def progress(self, label: str, done: int, total: int, since: float):
@@ -1143,7 +1173,7 @@ class Log:
         now = time.perf_counter()
         if done >= total:
             self.clear()
-        elif self.is_main and sys.stderr.isatty() and now - self.shown_at >= 0.5:
+        elif self.is_main and sys.stderr and sys.stderr.isatty() and now - self.shown_at >= 0.5:
             eta = (now - since) / max(done, 1) * (total - done)
             text = f"{label} {100 * done / total:.0f} % ETA {eta:.0f} s"
             sys.stderr.write("\r\x1b[K" + text)  # the carriage return flushes it
@@ -4228,6 +4258,34 @@ def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
     return Inputs(**found), faults
 
 
+@contextlib.contextmanager
+def claimed(files: RunFiles):
+    """Hold a run's folder for this process alone, within; the system lets go when it dies.
+
+    Raises ConfigError, saying who holds it, when another process does. Where the file system or
+    the machine knows no locks, nothing is claimed.
+    """
+    files.folder.mkdir(parents=True, exist_ok=True)
+    with open(files.folder / "claim", "a+", encoding="utf-8") as file:
+        try:
+            import fcntl  # absent on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError([f"RUN_ID={files.folder.name}: {files.folder} is in use by "
+                               f"{file.read().strip()}; wait for it, stop it, or choose another "
+                               "RUN_ID"], shared=True) from None
+        except (ImportError, OSError):
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            (files.folder / "claim").unlink(missing_ok=True)
+
+
 def file_faults(config: Config, files: RunFiles) -> list[str]:
     """Return missing inputs, products that would be overwritten, and a full or closed disk."""
     faults, source = [], files.source(config, config.reads) if config.reads else None
@@ -4489,9 +4547,12 @@ def log_head(session: Session, env, report: dict):
     log.event("source", console=False, text_source=session.inputs.source,
               sha256=session.inputs.code_sha256)
     facts = runtime.describe()
-    smi = shutil.which("nvidia-smi") if runtime.device.type == "cuda" else None
-    table = subprocess.run([smi], capture_output=True, text=True).stdout if smi else ""
-    log.event("environment", console=False, text_versions=f"{json.dumps(facts)}\n{table}", **facts)
+    table = b""
+    if runtime.device.type == "cuda":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # it may hang, or be none
+            table = subprocess.run(["nvidia-smi"], capture_output=True, timeout=5).stdout
+    versions = f"{json.dumps(facts)}\n{table.decode(errors='replace')}"
+    log.event("environment", console=False, text_versions=versions, **facts)
     shown = {name: show_value(value) for name, value in config.public().items()}
     lines = "\n".join(f"  {name}: {value}" for name, value in sorted(shown.items()))
     log.event("config", console=False, text_table=lines, **config.public())
@@ -4853,7 +4914,8 @@ def run(env, check: bool):
             val = f"check: val: {inputs.text.name}\n" if inputs.text else ""
             print(f"{val}check: all is well; attention {name}, max error against math {error:.1e}")
         return runtime.close()
-    with runtime.switches(), scope, runtime.signals:
+    with contextlib.ExitStack() as held, runtime.switches(), scope, runtime.signals:
+        runtime.first(held.enter_context, claimed(files))
         begins = not files.identity.exists()
         if runtime.is_main and begins:
             write_file(files.identity, json.dumps(identity(config, inputs), indent=1).encode())
@@ -4922,9 +4984,12 @@ def main(argv: list[str], env) -> int:
 
 
 if __name__ == "__main__":
+    streams: Any = [stream for stream in (sys.stdout, sys.stderr) if stream]
+    for stream in streams:  # what a narrow console cannot hold is replaced
+        stream.reconfigure(errors="backslashreplace")
     exit_code = main(sys.argv[1:], os.environ)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError):
             stream.flush()
     # Everything is on disk. Tearing down the interpreter under gloo's threads now and then aborted
     # a finished two-rank run (3 of about 130 under load), which torchrun reports as failed.

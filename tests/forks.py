@@ -130,7 +130,7 @@ def be_child(request, module):
     except BaseException:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
             stream.flush()
     os._exit(rc)
 

@@ -532,16 +532,6 @@ def test_names_of_other_programs_pass(name):
     load_config({name: "1"})
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-@pytest.mark.parametrize("value", ["", "abc", "1.5"])
-def test_a_torchrun_variable_that_is_no_number_is_refused_in_one_line(name, value, capsys):
-    assert train_gpt.main(["--check"], {name: value, "DEVICE": "cpu"}) == 1
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith(f"error: {name}={value}: must be a whole number")
-    assert len(shown.err.splitlines()) == 1
-
-
 def test_a_presets_own_value_yields_to_the_files():
     """PRESET=demo STAGE=evaluate on an artifact with another cap: nobody typed the preset's."""
     env = {"PRESET": "demo", "ARTIFACT_MAX_BYTES": "700000"}
