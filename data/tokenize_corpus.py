@@ -61,7 +61,6 @@ SHARD_TOKENS = 100_000_000  # of every published shard but the last
 VAL_DOCS = 50_000  # of the published document list; another number leaks validation text (#2127)
 BATCH_BYTES = 1 << 20  # of text handed to SentencePiece at once, per worker
 BATCHES_AHEAD = 3  # hides reading and writing behind the encoding, and bounds memory
-SIDECAR_MAX_BYTES = 2**16 - 1  # that one token may stand for
 SENTENCE_BYTES = 4192  # SentencePiece's trainer passes over longer ones
 TEXT_PER_PACKED_BYTE = 5  # a guess, good enough to size the shuffle's files
 PARTS = ("val", "train")
@@ -75,7 +74,7 @@ class Encoded(NamedTuple):
     """One document as it goes into the shards; no tokens where it is dropped."""
 
     tokens: np.ndarray  # (N,) uint16, the first a BOS
-    raw_bytes: np.ndarray | None  # (N,) uint16 in validation, if there is a sidecar
+    raw_bytes: np.ndarray | None  # (N,) int64 in validation, if there is a sidecar
     counts: dict[str, int]  # what it adds to the part's counts
 
 
@@ -86,7 +85,7 @@ class Encoder:
                  sidecar: bool, workers: int):
         self.processor, self.use_caseops = processor, use_caseops
         self.sidecar, self.workers = sidecar, workers
-        self.table = shards.byte_table(processor, processor.get_piece_size())
+        self.rules = encoding.byte_rules(processor)
 
     def stream(self, documents: Iterable[Document], part: str) -> Iterator[Encoded]:
         """Yield the documents of a part encoded, in order, some batches being under way."""
@@ -114,35 +113,54 @@ class Encoder:
     def encode_val(self, batch: list[Document]) -> list[Encoded]:
         """Return documents as tokens with their raw bytes, counts telling both denominators.
 
-        Raises DataError where the byte table does not sum to the normalised text, or a token
-        stands for more bytes than a sidecar can say.
+        Raises DataError where what a score would divide by cannot be believed: the byte table
+        without a sidecar, else the sidecar.
         """
         texts = self.texts(batch)
         found = encoding.spans_batch(self.processor, texts, self.workers)
+        decoded = self.processor.decode([spans.token_ids.tolist() for spans in found],
+                                        num_threads=self.workers)
         encoded = []
-        for document, text, spans in zip(batch, texts, found):
-            tokens = np.insert(spans.token_ids, 0, encoding.BOS_ID)
-            counted = int(shards.target_bytes(tokens, self.table).sum())
-            normalised = encoding.normalised_text(self.processor, text.decode()).encode()
-            if counted != len(normalised):
-                raise fault(document, f"the byte table counts {counted} bytes for it, must be the "
-                            f"{len(normalised)} of its normalised text; use another tokenizer")
+        for document, text, spans, readable in zip(batch, texts, found, decoded):
+            tokens, normalised = np.insert(spans.token_ids, 0, encoding.BOS_ID), readable.encode()
+            counted = int(shards.target_bytes(tokens, self.rules.table).sum())
             edges = spans.edges
             if self.use_caseops:
                 edges = caseops.original_offsets(text)[edges]
             raw_bytes = np.insert(np.diff(edges), 0, 0)
-            if raw_bytes.max() > SIDECAR_MAX_BYTES and self.sidecar:
-                raise fault(document, f"one token stands for {raw_bytes.max()} of its bytes (white "
-                            f"space?), a sidecar holds {SIDECAR_MAX_BYTES}; shorten it, or give "
-                            "--no-sidecar")
             surface_bytes = int(raw_bytes.sum())
             encoded.append(pack(
-                document, tokens, raw_bytes.astype(np.uint16) if self.sidecar else None,
+                document, tokens, raw_bytes if self.sidecar else None,
                 table_bytes=counted, surface_bytes=surface_bytes,
-                edge_bytes=len(document.text) - surface_bytes,
+                edge_bytes=len(document.text) - surface_bytes, decoded_bytes=len(normalised),
                 normalised_documents=int(normalised != text),
                 resized_documents=int(len(normalised) != len(text))))
+        self.check_bytes(batch, encoded)
         return encoded
+
+    def check_bytes(self, batch: list[Document], encoded: list[Encoded]) -> None:
+        """Raise DataError, naming the document, where the bytes of some cannot be believed."""
+        if not (found := self.faults_of(encoded)):
+            return
+        ends = np.cumsum([len(one.tokens) for one in encoded])
+        index = int(np.searchsorted(ends, found[0].position, side="right"))
+        alone = self.faults_of([encoded[index]])[0]  # with the counts of this document
+        if self.rules.is_operator[encoded[index].tokens[alone.position]]:
+            remedy = "it holds a CaseOps operator itself: give --caseops, which marks such"
+        elif self.sidecar:
+            remedy = "shorten its white space or control characters, or give --no-sidecar"
+        else:
+            remedy = "leave --no-sidecar away, or use another tokenizer"
+        raise fault(batch[index], f"{alone.text}; {remedy}")
+
+    def faults_of(self, encoded: list[Encoded]) -> list[encoding.Fault]:
+        """Return why the bytes of some documents cannot be believed, the first one's first."""
+        tokens = np.concatenate([one.tokens for one in encoded])
+        raw_bytes = [one.raw_bytes for one in encoded if one.raw_bytes is not None]
+        sidecar = np.concatenate([tokens[:0], *raw_bytes]) if self.sidecar else None
+        counts = encoding.count_bytes(tokens, self.rules)
+        return sorted(encoding.byte_faults(tokens, self.rules, counts, sidecar),
+                      key=lambda found: found.position)
 
 
 def fault(document: Document, what: str) -> DataError:
