@@ -124,15 +124,16 @@ class Encoder:
         for document, text, spans, readable in zip(batch, texts, found, decoded):
             tokens, normalised = np.insert(spans.token_ids, 0, encoding.BOS_ID), readable.encode()
             counted = int(shards.target_bytes(tokens, self.rules.table).sum())
-            edges = spans.edges
+            edges, text_bytes = spans.edges, len(normalised)
             if self.use_caseops:
                 edges = caseops.original_offsets(text)[edges]
+                text_bytes = int(caseops.original_offsets(normalised)[-1])
             raw_bytes = np.insert(np.diff(edges), 0, 0)
             surface_bytes = int(raw_bytes.sum())
             encoded.append(pack(
                 document, tokens, raw_bytes if self.sidecar else None,
-                table_bytes=counted, surface_bytes=surface_bytes,
-                edge_bytes=len(document.text) - surface_bytes, decoded_bytes=len(normalised),
+                table_bytes=counted, text_bytes=text_bytes, surface_bytes=surface_bytes,
+                edge_bytes=len(document.text) - surface_bytes,
                 normalised_documents=int(normalised != text),
                 resized_documents=int(len(normalised) != len(text))))
         self.check_bytes(batch, encoded)
@@ -272,7 +273,8 @@ class Product:
             self.save()  # from here on what lies in the folder is ours to remove
         self.manifest_path.unlink(missing_ok=True)
         shutil.rmtree(self.shuffle_folder, ignore_errors=True)
-        for path in [*self.folder.glob("fineweb_*.bin"), *self.folder.glob("*.bin.part")]:
+        ours = itertools.chain(*shards.find_shards(self.folder).values())
+        for path in [*ours, *self.folder.glob("*.bin.part")]:
             if path.name not in self.progress.files:
                 path.unlink()
         return False
@@ -330,7 +332,7 @@ class PartWriter:
         self.writers: list[shards.ShardWriter] = []
 
     def file_names(self) -> list[str]:
-        return [f"fineweb_{split}_{self.number:06d}.bin" for split in self.splits]
+        return [shards.shard_name(split, self.number) for split in self.splits]
 
     def add(self, document: Encoded) -> None:
         """Append a document, finishing shards as they fill.
@@ -427,13 +429,19 @@ def make_settings(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]
                 shuffle_seed=args.shuffle_seed, shard_tokens=args.shard_tokens)
 
 
-def check_val_docs(documents: Iterable[Document], val_docs: int) -> None:
+def check_val_docs(files: list[Path], source: Source, val_docs: int) -> None:
     """Raise DataError unless something is left for training; reads one document more than that."""
-    found = sum(1 for _ in itertools.islice(documents, val_docs + 1))
-    if found <= val_docs:
-        raise DataError(f"--val-docs is {val_docs:,}, the input has only {found:,} documents, so "
-                        f"none is left for training; give fewer, say --val-docs "
-                        f"{max(1, found // 100)}, or more text")
+    found = sum(1 for _ in itertools.islice(read_documents(files, source), val_docs + 1))
+    if found > val_docs:
+        return
+    remedies = ["give more text"]
+    if not source.txt_lines and any(".txt" in path.suffixes for path in files):
+        remedies.append("--txt-lines if each line of a .txt file is a document")
+    if found > 1:
+        remedies.append(f"fewer, say --val-docs {max(1, found // 100)}")
+    raise DataError(f"--val-docs is {val_docs:,}, the input has only {found:,} "
+                    f"document{'s' * (found != 1)}, so none is left for training; "
+                    f"{', or '.join(remedies)}")
 
 
 def training_sentences(documents: Iterable[Document], use_caseops: bool,
@@ -473,15 +481,19 @@ def make_tokenizer(args: argparse.Namespace, product: Product,
         progress.tokenizer_sha256 = shards.sha256_of(product.tokenizer)
         product.save()
     processor = encoding.load_processor(product.tokenizer)
-    check_tokenizer(processor, product.tokenizer, args.caseops)
+    if args.train_tokenizer:
+        encoding.check_tokenizer(processor, product.tokenizer, "the training text is too small or "
+                                 "has no spaces: give more, or --tokenizer with a published one")
+        if (pieces := processor.get_piece_size()) < args.vocab_size:
+            say(f"note: the tokenizer has {pieces:,} pieces, not the {args.vocab_size:,} of "
+                "--vocab-size: its training text repeats no more; more text gives more pieces")
     return processor
 
 
 def check_tokenizer(processor: Any, path: Path, use_caseops: bool) -> None:
-    """Raise ValueError for a tokenizer that cannot serve."""
+    """Raise ValueError for a given tokenizer that cannot serve."""
     encoding.check_tokenizer(processor, path)
-    if use_caseops and any(processor.piece_to_id(operator) == processor.unk_id()
-                           for operator in caseops.OPERATORS):
+    if use_caseops and not encoding.operator_ids(processor):
         raise DataError(f"{path}: has no pieces for the CaseOps operators U+E001 to U+E004; use a "
                         "CaseOps tokenizer, --train-tokenizer, or leave --caseops away")
 
@@ -534,20 +546,20 @@ def make_manifest(product: Product, processor: Any) -> dict[str, Any]:
     stats = {}
     for kind, per_part in (
             ("docs", {part: splits[part]["documents"] for part in PARTS}),
-            ("files", {part: sum(name.startswith(f"fineweb_{part}_") and "_bytes_" not in name
+            ("files", {part: sum(name.rpartition("_")[0] == f"fineweb_{part}"
                                  for name in progress.files) for part in PARTS}),
             ("tokens", {part: splits[part]["tokens"] for part in PARTS})):
         stats[f"{kind}_total"] = sum(per_part.values())
         stats.update({f"{kind}_{part}": count for part, count in per_part.items()})
     ids = dict(vocab_size=processor.get_piece_size(), bos_id=processor.bos_id(),
                eos_id=processor.eos_id())
-    folder = product.folder.relative_to(product.out).as_posix()
+    folder, digits = product.folder.relative_to(product.out).as_posix(), "[0-9]" * 6
     dataset = dict(name=product.name, tokenizer_name=product.name,
                    tokenizer_kind="sentencepiece_bpe", path=folder,
-                   train_glob=f"{folder}/fineweb_train_*.bin",
-                   val_glob=f"{folder}/fineweb_val_[0-9]*.bin", **ids, stats=stats)
+                   train_glob=f"{folder}/fineweb_train_{digits}.bin",
+                   val_glob=f"{folder}/fineweb_val_{digits}.bin", **ids, stats=stats)
     if settings["sidecar"]:
-        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_*.bin"
+        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_{digits}.bin"
     model_path = product.tokenizer.relative_to(product.out).as_posix()
     return dict(
         version="1", num_docs=stats["docs_total"], num_val_docs=stats["docs_val"],
@@ -579,6 +591,13 @@ def summarise(product: Product, seconds: float) -> None:
         f"trimmed at documents' edges; the byte table counts {val['table_bytes']:,}")
     say(f"val: normalisation changes {val['normalised_documents']:,} documents, the byte count of "
         f"{val['resized_documents']:,}")
+    counted, text = val["surface_bytes"], val.get("text_bytes", 0)  # older manifests lack it
+    if manifest["settings"]["sidecar"] and text and (
+            abs(counted - text) > encoding.WARN_DRIFT_FRAC * text):
+        say(f"WARNING: a score will divide by {counted:,} bytes, of which the tokens give back "
+            f"{text:,} ({encoding.percent(counted, text)}): say so beside it; --no-sidecar, or a "
+            "tokenizer that keeps white space, avoids it")
+    say("on a laptop or a small GPU put PRESET=demo before the last line: a model of that size")
     say(f"ready in {seconds:.0f} s; next:")
     print(f"DATA_PATH={shlex.quote(str(product.folder))} "
           f"TOKENIZER_PATH={shlex.quote(str(product.tokenizer))} "
@@ -667,7 +686,7 @@ def run(args: argparse.Namespace) -> None:
     elif not encoding.VOCAB_RANGE[0] <= args.vocab_size <= encoding.VOCAB_RANGE[1]:
         raise DataError(f"--vocab-size is {args.vocab_size}, must lie in "
                         f"{encoding.VOCAB_RANGE[0]}..{encoding.VOCAB_RANGE[1]}")
-    check_val_docs(read_documents(files, source), args.val_docs)
+    check_val_docs(files, source, args.val_docs)
     settings = make_settings(args, files)
     product = Product(args.out, args.name)
     with product.locked():

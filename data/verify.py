@@ -142,7 +142,7 @@ def check_names(files: Files) -> Iterator[Finding]:
                                      f"{', '.join(others[:5])}{' …' * (len(others) > 5)}; "
                                      "other scripts may read some, move them away")
     for split, paths in files.splits.items():
-        numbers = [int(shards.SHARD_NAME.fullmatch(path.name)[2]) for path in paths]
+        numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
         if numbers != list(range(len(paths))):
             yield Finding(NOTE, "names", f"the {split} shards, in the order of their names, are "
                                          f"not numbered 0 to {len(paths) - 1}: one is missing or "
@@ -208,8 +208,8 @@ def check_tokenizer_hash(files: Files) -> Iterator[Finding]:
 
 def load_validation(files: Files, processor) -> Validation:
     """Return validation with its bytes counted; ValueError on ids beyond the tokenizer's."""
-    tokens, sidecar = (np.concatenate([shards.read_shard(path) for path in files.splits[split]])
-                       if files.splits[split] else None for split in ("val", "val_bytes"))
+    tokens = np.concatenate([shards.read_shard(path) for path in files.splits["val"]])
+    sidecars = [shards.read_shard(path) for path in files.splits["val_bytes"]]
     where = files.splits["val"][0]
     check_ids(where.parent, int(tokens.max(initial=0)), processor)
     starts, ends = document_bounds(tokens, processor.bos_id())
@@ -220,7 +220,8 @@ def load_validation(files: Files, processor) -> Validation:
         raise ValueError(f"{where}: does not begin with BOS ({processor.bos_id()}); build it again "
                          "with a BOS before each document")
     rules = encoding.byte_rules(processor)
-    return Validation(tokens, rules, encoding.count_bytes(tokens, rules), sidecar, starts, ends)
+    return Validation(tokens, rules, encoding.count_bytes(tokens, rules),
+                      np.concatenate(sidecars) if sidecars else None, starts, ends)
 
 
 def check_ids(where: Path, largest: int, processor) -> None:
@@ -266,10 +267,10 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
 
 def check_bytes(validation: Validation) -> Iterator[Finding]:
     """Compare what a score divides by with what the tokens decode to, over all of them."""
-    stream = validation.tokens, validation.rules, validation.counts, validation.sidecar
-    faults = encoding.byte_faults(*stream)
-    if validation.sidecar is not None and not faults:
-        faults = encoding.foreign_sidecar(*stream)
+    stream, sidecar = (validation.tokens, validation.rules, validation.counts), validation.sidecar
+    faults = encoding.byte_faults(*stream, sidecar)
+    if sidecar is not None and not faults:
+        faults = encoding.foreign_sidecar(*stream, sidecar)
     for fault in faults:
         index = int(np.searchsorted(validation.starts, fault.position, side="right")) - 1
         yield Finding(FAULT, fault.check, f"{fault.text}; first at token {fault.position}, in "
@@ -278,16 +279,15 @@ def check_bytes(validation: Validation) -> Iterator[Finding]:
     if np.array_equal(validation.counts.table, validation.counts.decoded):
         yield Finding(OK, "bytes", f"the byte table counts {table:,}, as many as the tokens decode "
                                    "to, each of them")
-    elif validation.sidecar is not None:
+    elif sidecar is not None:
         yield Finding(NOTE, "bytes", f"the byte table counts {table:,}, the tokens decode to "
                                      f"{decoded:,}: keep the sidecar, without it a score is wrong")
-    if validation.sidecar is not None and len(validation.sidecar) == len(validation.tokens):
-        yield sidecar_drift(validation)
+    if sidecar is not None and len(sidecar) == len(validation.tokens):
+        yield sidecar_drift(validation.sums(sidecar), validation.sums(validation.counts.text))
 
 
-def sidecar_drift(validation: Validation) -> Finding:
-    """Return how far a sidecar is from the bytes that its tokens can give back."""
-    sums, sizes = validation.sums(validation.sidecar), validation.sums(validation.counts.text)
+def sidecar_drift(sums: "np.ndarray", sizes: "np.ndarray") -> Finding:
+    """Return how far a sidecar's documents (D,) are from what their tokens give back (D,)."""
     counted, text = int(sums.sum()), int(sizes.sum())
     off, drift = np.abs(sums - sizes), abs(counted - text) / max(1, text)
     told = (f"{counted:,} bytes, the tokens decode to {text:,} ({counted - text:+,}, "
@@ -411,7 +411,9 @@ def check_against_documents(validation: Validation, processor, paths: list[Path]
     if validation.sidecar is not None and len(validation.sidecar) == len(validation.tokens):
         raw_sums = validation.sums(validation.sidecar)
     wanted, index = len(sums) if most is None else min(most, len(sums)), 0
-    ways = [bytes, caseops.encode_utf8] if encoding.operator_ids(processor) else [bytes]
+    ways: list[Callable] = [bytes]
+    if encoding.operator_ids(processor):
+        ways.append(caseops.encode_utf8)
     for batch in batches(documents.read_documents(found, documents.Source()), BATCH_DOCUMENTS):
         tell(f"compared with {index} of {wanted} documents")
         raws = [document.text for document in batch]
