@@ -25,7 +25,8 @@ RETRY_SECONDS = 1.0  # doubled after each try that brings nothing, unless Retry-
 MAX_WAIT_SECONDS = 300.0  # that Retry-After may ask for; longer: the user is told instead
 BUSY = (408, 429, 500, 502, 503, 504)
 # By name: the client's errors differ between its versions. Not those of a connection never made
-BROKEN = ("ReadError", "ReadTimeout", "RemoteProtocolError", "ChunkedEncodingError", "WrongAnswer")
+BROKEN = ("ReadError", "ReadTimeout", "ReadTimeoutError", "RemoteProtocolError", "ProtocolError",
+          "ChunkedEncodingError", "WrongAnswer")
 
 
 class DownloadError(Exception):
@@ -161,7 +162,7 @@ class Hub:
     def open(self, url: str, headers: dict[str, str]) -> Iterator[tuple[Any, Iterator[bytes]]]:
         """Yield the response to a GET and its pieces; credentials stay with the first host."""
         session: Any = self.utils.get_session()
-        if hasattr(session, "stream"):  # httpx, since client 1.0
+        if callable(session.stream):  # httpx, since client 1.0; a bool of requests before
             with session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS,
                                 follow_redirects=True) as response:
                 if response.status_code >= 400:
@@ -170,7 +171,9 @@ class Hub:
         else:
             with session.get(url, headers=headers, timeout=TIMEOUT_SECONDS,
                              stream=True) as response:
-                yield response, response.iter_content(PIECE_BYTES)
+                # read1, of urllib3 2, gives what is there; iter_content would wait for a whole one
+                read = getattr(response.raw, "read1", response.raw.read)
+                yield response, iter(lambda: read(PIECE_BYTES), b"")
 
 
 def status_of(error: Exception) -> int:
