@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -177,6 +178,15 @@ def test_caseops_brings_its_sidecar_and_says_how_to_train(hub, fetch, tmp_path):
     assert code == 0
     assert (tmp_path / CASEOPS.folder / "fineweb_val_bytes_000000.bin").is_file()
     assert f"TOKENIZER_PATH={tmp_path / CASEOPS.tokenizer}" in told
+
+
+@pytest.mark.parametrize("variant", ["sp8192", "sp4096", "caseops"])
+def test_printed_command_holds_paths_with_spaces_together(variant, tmp_path):
+    chosen, root = catalogue.find_variant(variant), tmp_path / "a folder"
+    words = shlex.split(download.run_line(root, chosen))
+    assert words[-2:] == ["python", "train_gpt.py"]
+    paths = [word.split("=", 1)[1] for word in words[:-2] if not word.startswith("VOCAB_SIZE=")]
+    assert paths and all(Path(path).is_relative_to(root) for path in paths)
 
 
 def test_documents_come_from_their_own_repository(hub, fetch, tmp_path):
