@@ -74,7 +74,7 @@ class Encoded(NamedTuple):
     """One document as it goes into the shards; no tokens where it is dropped."""
 
     tokens: np.ndarray  # (N,) uint16, the first a BOS
-    raw_bytes: np.ndarray | None  # (N,) int64 in validation, if there is a sidecar
+    raw_bytes: np.ndarray | None  # (N,) uint16 in validation, if there is a sidecar
     counts: dict[str, int]  # what it adds to the part's counts
 
 
@@ -120,48 +120,56 @@ class Encoder:
         found = encoding.spans_batch(self.processor, texts, self.workers)
         decoded = self.processor.decode([spans.token_ids.tolist() for spans in found],
                                         num_threads=self.workers)
+        tokens = [np.insert(spans.token_ids, 0, encoding.BOS_ID) for spans in found]
+        raw_bytes = [self.raw_bytes(text, spans) for text, spans in zip(texts, found)]
+        counts = self.check_bytes(batch, tokens, raw_bytes)
+        starts = np.cumsum([0, *map(len, tokens[:-1])])
+        by_table, by_text = (np.add.reduceat(column, starts, dtype=np.int64).tolist()
+                             for column in (counts.table, counts.text))
         encoded = []
-        for document, text, spans, readable in zip(batch, texts, found, decoded):
-            tokens, normalised = np.insert(spans.token_ids, 0, encoding.BOS_ID), readable.encode()
-            counted = int(shards.target_bytes(tokens, self.rules.table).sum())
-            edges, text_bytes = spans.edges, len(normalised)
-            if self.use_caseops:
-                edges = caseops.original_offsets(text)[edges]
-                text_bytes = int(caseops.original_offsets(normalised)[-1])
-            raw_bytes = np.insert(np.diff(edges), 0, 0)
-            surface_bytes = int(raw_bytes.sum())
+        for i, (document, text) in enumerate(zip(batch, texts)):
+            normalised, surface_bytes = decoded[i].encode(), int(raw_bytes[i].sum())
             encoded.append(pack(
-                document, tokens, raw_bytes if self.sidecar else None,
-                table_bytes=counted, text_bytes=text_bytes, surface_bytes=surface_bytes,
+                document, tokens[i], raw_bytes[i].astype(np.uint16) if self.sidecar else None,
+                table_bytes=by_table[i], text_bytes=by_text[i], surface_bytes=surface_bytes,
                 edge_bytes=len(document.text) - surface_bytes,
                 normalised_documents=int(normalised != text),
                 resized_documents=int(len(normalised) != len(text))))
-        self.check_bytes(batch, encoded)
         return encoded
 
-    def check_bytes(self, batch: list[Document], encoded: list[Encoded]) -> None:
-        """Raise DataError, naming the document, where the bytes of some cannot be believed."""
-        if not (found := self.faults_of(encoded)):
-            return
-        ends = np.cumsum([len(one.tokens) for one in encoded])
-        index = int(np.searchsorted(ends, found[0].position, side="right"))
-        alone = self.faults_of([encoded[index]])[0]  # with the counts of this document
-        if self.rules.is_operator[encoded[index].tokens[alone.position]]:
+    def raw_bytes(self, text: bytes, spans: encoding.Spans) -> np.ndarray:
+        """Return the raw bytes (N,) int64 under the tokens of a text, BOS first."""
+        edges = caseops.original_offsets(text)[spans.edges] if self.use_caseops else spans.edges
+        return np.insert(np.diff(edges), 0, 0)
+
+    def check_bytes(self, batch: list[Document], tokens: list[np.ndarray],
+                    raw_bytes: list[np.ndarray]) -> encoding.Counts:
+        """Return the bytes of all documents' tokens in one row.
+
+        Raises DataError, naming the document, where those of some cannot be believed.
+        """
+        counts, found = self.judge(tokens, raw_bytes)
+        if not found:
+            return counts
+        ends = np.cumsum(list(map(len, tokens)))
+        i = int(np.searchsorted(ends, found[0].position, side="right"))
+        alone = self.judge(tokens[i:i + 1], raw_bytes[i:i + 1])[1][0]  # with its own numbers
+        if self.rules.is_operator[tokens[i][alone.position]]:
             remedy = "it holds a CaseOps operator itself: give --caseops, which marks such"
         elif self.sidecar:
             remedy = "shorten its white space or control characters, or give --no-sidecar"
         else:
             remedy = "leave --no-sidecar away, or use another tokenizer"
-        raise fault(batch[index], f"{alone.text}; {remedy}")
+        raise fault(batch[i], f"{alone.text}; {remedy}")
 
-    def faults_of(self, encoded: list[Encoded]) -> list[encoding.Fault]:
-        """Return why the bytes of some documents cannot be believed, the first one's first."""
-        tokens = np.concatenate([one.tokens for one in encoded])
-        raw_bytes = [one.raw_bytes for one in encoded if one.raw_bytes is not None]
-        sidecar = np.concatenate([tokens[:0], *raw_bytes]) if self.sidecar else None
-        counts = encoding.count_bytes(tokens, self.rules)
-        return sorted(encoding.byte_faults(tokens, self.rules, counts, sidecar),
-                      key=lambda found: found.position)
+    def judge(self, tokens: list[np.ndarray], raw_bytes: list[np.ndarray]
+              ) -> tuple[encoding.Counts, list[encoding.Fault]]:
+        """Return the bytes of some documents, and why not to believe them, by place."""
+        stream = np.concatenate(tokens)
+        counts = encoding.count_bytes(stream, self.rules)
+        sidecar = np.concatenate(raw_bytes) if self.sidecar else None
+        found = encoding.byte_faults(stream, self.rules, counts, sidecar)
+        return counts, sorted(found, key=lambda fault: fault.position)
 
 
 def fault(document: Document, what: str) -> DataError:
