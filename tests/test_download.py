@@ -283,6 +283,8 @@ WRONG_ANSWERS = {
     "page of no length": lambda i: hub_server.Planted(200, PAGE, {**HTML, "Content_Length": None}),
     "stream of no length": lambda i: hub_server.Planted(200, b"", {"Content_Length": None}),
     "other place": lambda i: hub_server.Planted(206, PAGE, RANGED),
+    "other place of the file": lambda i: hub_server.Planted(
+        206, PAGE, {"Content_Range": f"bytes 5-{4 + len(PAGE)}/{SHARD_BYTES}"}),
     "no place": lambda i: hub_server.Planted(206, PAGE),
     "nothing": lambda i: hub_server.Planted(200),
     "no content": lambda i: hub_server.Planted(204),
