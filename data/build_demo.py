@@ -21,6 +21,7 @@ import json
 import lzma
 import platform
 import re
+import shlex
 import sys
 import sysconfig
 import time
@@ -409,7 +410,7 @@ def say(line):
     print(f"demo: {line}", flush=True)
 
 
-def summarise(manifest, seconds):
+def summarise(manifest, out, seconds):
     """Print the manifest's figures and the next command."""
     for part, size in manifest["splits"].items():
         say(f"{part}: {size['documents']:,} documents, {size['bytes']:,} bytes, "
@@ -417,7 +418,19 @@ def summarise(manifest, seconds):
     measured = manifest["yardsticks"]
     say(f"xz on the validation text: {measured['xz_val_bpb']:.3f} bits per byte, "
         f"{measured['xz_train_val_minus_train_bpb']:.3f} after the training text")
-    say(f"ready in {seconds:.0f} s; next: PRESET=demo python train_gpt.py")
+    say(f"ready in {seconds:.0f} s; next: {run_line(manifest, out)}")
+
+
+def run_line(manifest, out):
+    """Return the command that trains on the demo; PRESET=demo alone reads data/, 1024 pieces."""
+    vocab_size = manifest["recipe"]["vocab_size"]
+    settings = ["PRESET=demo"]
+    if (out.resolve(), vocab_size) != (Path("data").resolve(), 1024):
+        tokenizer = next(name for name in manifest["files"] if name.endswith(".model"))
+        settings += [f"DATA_PATH={shlex.quote(str(out / 'datasets/demo'))}",
+                     f"TOKENIZER_PATH={shlex.quote(str(out / tokenizer))}",
+                     f"VOCAB_SIZE={vocab_size}"]
+    return " ".join([*settings, "python train_gpt.py"])
 
 
 def parse_args(argv):
@@ -445,7 +458,7 @@ def run(args):
     else:
         say(f"building in {args.out} ({reason or '--force'})")
         manifest = build(args.out, args.vocab_size)
-    summarise(manifest, time.perf_counter() - start)
+    summarise(manifest, args.out, time.perf_counter() - start)
 
 
 def main(argv=None):

@@ -15,17 +15,19 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
 import catalogue
-from hub import DownloadError, Hub, Remote
+from hub import DownloadError, Hub, Remote, WrongAnswer
 
 try:
     import integrity
@@ -39,8 +41,9 @@ except ImportError:  # Windows: no lock, and no two downloads at once there
     fcntl = None  # type: ignore[assignment]
 
 PIP_LINE = "python -m pip install -r data/requirements.txt"
-FRUITLESS_TRIES = 5  # attempts in a row that bring no byte
-RETRY_SECONDS = 1.0  # doubled after each of them
+FRUITLESS_TRIES = 5  # attempts in a row that bring less than this:
+FRUIT_BYTES = 1 << 16
+SLOW_SECONDS = 120.0  # in which an attempt must bring that much, or is broken off
 SPARE_BYTES = 64 << 20  # left free on the disk
 PROGRESS_SECONDS = 0.5
 
@@ -99,7 +102,7 @@ def choose_shards(hub: Hub, variant: catalogue.Variant, train_shards: int | None
     hosted = hub.folder(variant.folder)
     splits: dict[str, list[Wanted]] = {"train": [], "val": [], "val_bytes": []}
     for name in sorted(hosted):
-        if match := integrity.SHARD_NAME.fullmatch(name):
+        if match := shards.SHARD_NAME.fullmatch(name):
             splits[match[1]].append(Wanted(f"{variant.folder}/{name}", hosted[name]))
     train = splits["train"]
     if not splits["val"]:
@@ -193,7 +196,7 @@ def difference(path: Path, remote: Remote) -> str:
 
 def header_fault(path: Path) -> str:
     """Return what is wrong with a shard's header ("" for other files and whole shards)."""
-    if integrity.SHARD_NAME.fullmatch(path.name.removesuffix(".part")):
+    if shards.SHARD_NAME.fullmatch(path.name.removesuffix(".part")):
         try:
             integrity.shard_tokens(path)
         except ValueError as error:
@@ -249,21 +252,6 @@ def check_disk(missing: list[Wanted], root: Path) -> int:
 # ---- fetching ----------------------------------------------------------------------------------
 
 
-class PartFile:
-    """A .part being written; refuses to go on once `stop` is set."""
-
-    def __init__(self, file: BinaryIO, stop: threading.Event):
-        self.file, self.stop = file, stop
-
-    def write(self, chunk: bytes) -> int:
-        if self.stop.is_set():
-            raise Stopped
-        return self.file.write(chunk)
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
-
-
 class Fetcher:
     """Brings files in parallel, each through its .part."""
 
@@ -310,28 +298,44 @@ class Fetcher:
         self.record.add(item)
 
     def pull(self, item: Wanted, part: Path) -> None:
-        """Append to `part` until it has the announced size, resuming broken connections."""
+        """Append to `part` until it has the announced size, resuming broken connections.
+
+        What came stays, whatever the server does next; after FRUITLESS_TRIES that bring next to
+        nothing it is given up.
+        """
         part.parent.mkdir(parents=True, exist_ok=True)
         fruitless, size_bytes = 0, item.remote.size_bytes
         while True:
             with open(part, "ab") as file:
                 take_lock(file, part)
+                if file.tell() > size_bytes:
+                    file.truncate(0)
                 before = file.tell()
-                if before > size_bytes:
-                    before = file.truncate(0)
                 try:
-                    self.hub.http_get(item.remote.url, cast(BinaryIO, PartFile(file, self.stop)),
-                                      resume_size=before, headers=dict(self.hub.headers),
-                                      expected_size=size_bytes)
+                    if before < size_bytes:
+                        self.append(self.hub.stream(item.remote, before), file)
                     return
                 except Exception as error:
                     self.judge(error, item)
-                    after = file.tell()
-                    fruitless = 0 if before < after <= size_bytes else fruitless + 1
+                    fruitless = 0 if file.tell() >= before + FRUIT_BYTES else fruitless + 1
                     if fruitless >= FRUITLESS_TRIES:
                         raise DownloadError(f"{item.key}: {self.hub.explain(error)}") from error
-            if self.stop.wait(RETRY_SECONDS * 2 ** fruitless):
+                    seconds = self.hub.pause(error, fruitless)
+            if self.stop.wait(seconds):
                 raise Stopped
+
+    def append(self, pieces: Iterator[bytes], file: BinaryIO) -> None:
+        """Write pieces as they come; WrongAnswer where they come too slowly to ever end."""
+        since, held = time.monotonic(), file.tell()
+        for piece in pieces:
+            if self.stop.is_set():
+                raise Stopped
+            file.write(piece)
+            if file.tell() >= held + FRUIT_BYTES:
+                since, held = time.monotonic(), file.tell()
+            elif time.monotonic() > since + SLOW_SECONDS:
+                raise WrongAnswer(f"the answer brought less than {FRUIT_BYTES} bytes in "
+                                  f"{SLOW_SECONDS:.0f} s")
 
     def judge(self, error: Exception, item: Wanted) -> None:
         """Raise what no further attempt can mend; return for anything that may pass."""
@@ -413,10 +417,10 @@ def run_line(root: Path, variant: catalogue.Variant) -> str:
     settings = []
     if Path(variant.folder).name == f"fineweb10B_sp{variant.vocab_size}":
         if root != Path("data").resolve():
-            settings.append(f"DATA_DIR={root}")
+            settings.append(f"DATA_DIR={shlex.quote(str(root))}")
     else:
-        settings += [f"DATA_PATH={root / variant.folder}",
-                     f"TOKENIZER_PATH={root / variant.tokenizer}"]
+        settings += [f"DATA_PATH={shlex.quote(str(root / variant.folder))}",
+                     f"TOKENIZER_PATH={shlex.quote(str(root / variant.tokenizer))}"]
     if variant.vocab_size != catalogue.VARIANTS[catalogue.DEFAULT_VARIANT].vocab_size:
         settings.append(f"VOCAB_SIZE={variant.vocab_size}")
     return " ".join([*settings, "python train_gpt.py"])

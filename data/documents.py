@@ -16,8 +16,9 @@ import hashlib
 import io
 import json
 import lzma
-import pickle
+import os
 import shutil
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ PARQUET_ROWS = 256  # read at once
 BUCKET_BYTES = 64 << 20  # text sorted at once when shuffling
 MAX_BUCKETS = 512  # open files
 UTF8_BOM = b"\xef\xbb\xbf"
+# For folders of .py, .md and the like: naming each file would be refused as well
+RENAME = ("copy text under names ending in .txt (x.py as x.py.txt: each file is one document), or "
+          'write one .jsonl with a line {"text": "..."} a document')
 
 
 class DataError(ValueError):
@@ -69,13 +73,13 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
                             if p.is_file() and p.name.endswith(SUFFIXES))
             if not inside:
                 raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}; "
-                                "name the files, or rename them")
+                                f"{RENAME}")
             files += inside
         elif not path.is_file():
             raise DataError(f"{path}: no such file or folder; check its name")
         elif not path.name.endswith(SUFFIXES):
             raise DataError(f"{path}: cannot tell what it holds, its name must end in one of "
-                            f"{', '.join(SUFFIXES)}; rename it")
+                            f"{', '.join(SUFFIXES)}; {RENAME}")
         else:
             files.append(path)
     seen: set[Path] = set()
@@ -270,8 +274,7 @@ def shuffled(documents: Iterable[Document], seed: int, folder: Path,
             buckets = [stack.enter_context(open(path, "wb")) for path in paths]
             for index, document in enumerate(documents):
                 key = shuffle_key(seed, index)
-                record = (key, index, document)
-                pickle.dump(record, buckets[key * num_buckets >> 64], protocol=5)
+                _write_record(buckets[key * num_buckets >> 64], key, index, document)
         for path in paths:
             for _, _, document in sorted(_records(path)):
                 yield document
@@ -280,8 +283,21 @@ def shuffled(documents: Iterable[Document], seed: int, folder: Path,
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# Of a document on disk: key, index, line, and the lengths of the path and the text that follow
+_RECORD = struct.Struct("<QQQIQ")
+
+
+def _write_record(file: BinaryIO, key: int, index: int, document: Document) -> None:
+    path = os.fsencode(document.path)
+    file.write(_RECORD.pack(key, index, document.line, len(path), len(document.text)))
+    file.write(path)
+    file.write(document.text)
+
+
 def _records(path: Path) -> Iterator[tuple[int, int, Document]]:
     """Yield what `shuffled` wrote into one of its files."""
     with open(path, "rb") as file:
-        while file.peek(1):
-            yield pickle.load(file)
+        while head := file.read(_RECORD.size):
+            key, index, line, path_bytes, text_bytes = _RECORD.unpack(head)
+            origin = Path(os.fsdecode(file.read(path_bytes)))
+            yield key, index, Document(file.read(text_bytes), origin, line)

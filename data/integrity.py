@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import shards
 
-SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 RECORD_NAME = "download.json"  # in a variant's folder: what was fetched, and its hashes
 WORDS_BYTES = 12  # of a header that say anything: magic, version, token count
 

@@ -1,4 +1,4 @@
-"""Token shards and the SentencePiece byte table, without torch.
+"""Token shards, their names and the SentencePiece byte table, without torch.
 
 The shard is the published one: 256 little-endian int32 header words, of which word 0 is the magic
 number, word 1 the version and word 2 the token count N, followed by N little-endian uint16 tokens.
@@ -8,6 +8,7 @@ train_gpt.py holds its own reader and table, since a submission is one file; a t
 import contextlib
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,25 @@ HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 MAX_TOKEN = 2**16 - 1
 SPACE = "\u2581"  # SentencePiece writes a space as this character
+# The one rule of names. `fineweb_val_*.bin` would also take sidecars and a backup `…000000_old.bin`
+SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_([0-9]+)\.bin")
+
+
+def shard_name(split, number):
+    """Return the name of a shard; split is train, val or val_bytes (a byte sidecar)."""
+    return f"fineweb_{split}_{number:06d}.bin"
+
+
+def find_shards(folder):
+    """Return the shards in a folder, {split: [path]}, in the order in which they are read.
+
+    That is by name, as published scripts sort them. Whatever has another name is no shard.
+    """
+    splits = {"train": [], "val": [], "val_bytes": []}
+    for path in sorted(Path(folder).glob("fineweb_*.bin")):
+        if match := SHARD_NAME.fullmatch(path.name):
+            splits[match[1]].append(path)
+    return splits
 
 
 def write_atomic(path, content):

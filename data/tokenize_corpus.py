@@ -61,7 +61,6 @@ SHARD_TOKENS = 100_000_000  # of every published shard but the last
 VAL_DOCS = 50_000  # of the published document list; another number leaks validation text (#2127)
 BATCH_BYTES = 1 << 20  # of text handed to SentencePiece at once, per worker
 BATCHES_AHEAD = 3  # hides reading and writing behind the encoding, and bounds memory
-SIDECAR_MAX_BYTES = 2**16 - 1  # that one token may stand for
 SENTENCE_BYTES = 4192  # SentencePiece's trainer passes over longer ones
 TEXT_PER_PACKED_BYTE = 5  # a guess, good enough to size the shuffle's files
 PARTS = ("val", "train")
@@ -86,7 +85,7 @@ class Encoder:
                  sidecar: bool, workers: int):
         self.processor, self.use_caseops = processor, use_caseops
         self.sidecar, self.workers = sidecar, workers
-        self.table = shards.byte_table(processor, processor.get_piece_size())
+        self.rules = encoding.byte_rules(processor)
 
     def stream(self, documents: Iterable[Document], part: str) -> Iterator[Encoded]:
         """Yield the documents of a part encoded, in order, some batches being under way."""
@@ -114,35 +113,63 @@ class Encoder:
     def encode_val(self, batch: list[Document]) -> list[Encoded]:
         """Return documents as tokens with their raw bytes, counts telling both denominators.
 
-        Raises DataError where the byte table does not sum to the normalised text, or a token
-        stands for more bytes than a sidecar can say.
+        Raises DataError where what a score would divide by cannot be believed: the byte table
+        without a sidecar, else the sidecar.
         """
         texts = self.texts(batch)
         found = encoding.spans_batch(self.processor, texts, self.workers)
+        decoded = self.processor.decode([spans.token_ids.tolist() for spans in found],
+                                        num_threads=self.workers)
+        tokens = [np.insert(spans.token_ids, 0, encoding.BOS_ID) for spans in found]
+        raw_bytes = [self.raw_bytes(text, spans) for text, spans in zip(texts, found)]
+        counts = self.check_bytes(batch, tokens, raw_bytes)
+        starts = np.cumsum([0, *map(len, tokens[:-1])])
+        by_table, by_text = (np.add.reduceat(column, starts, dtype=np.int64).tolist()
+                             for column in (counts.table, counts.text))
         encoded = []
-        for document, text, spans in zip(batch, texts, found):
-            tokens = np.insert(spans.token_ids, 0, encoding.BOS_ID)
-            counted = int(shards.target_bytes(tokens, self.table).sum())
-            normalised = encoding.normalised_text(self.processor, text.decode()).encode()
-            if counted != len(normalised):
-                raise fault(document, f"the byte table counts {counted} bytes for it, must be the "
-                            f"{len(normalised)} of its normalised text; use another tokenizer")
-            edges = spans.edges
-            if self.use_caseops:
-                edges = caseops.original_offsets(text)[edges]
-            raw_bytes = np.insert(np.diff(edges), 0, 0)
-            if raw_bytes.max() > SIDECAR_MAX_BYTES and self.sidecar:
-                raise fault(document, f"one token stands for {raw_bytes.max()} of its bytes (white "
-                            f"space?), a sidecar holds {SIDECAR_MAX_BYTES}; shorten it, or give "
-                            "--no-sidecar")
-            surface_bytes = int(raw_bytes.sum())
+        for i, (document, text) in enumerate(zip(batch, texts)):
+            normalised, surface_bytes = decoded[i].encode(), int(raw_bytes[i].sum())
             encoded.append(pack(
-                document, tokens, raw_bytes.astype(np.uint16) if self.sidecar else None,
-                table_bytes=counted, surface_bytes=surface_bytes,
+                document, tokens[i], raw_bytes[i].astype(np.uint16) if self.sidecar else None,
+                table_bytes=by_table[i], text_bytes=by_text[i], surface_bytes=surface_bytes,
                 edge_bytes=len(document.text) - surface_bytes,
                 normalised_documents=int(normalised != text),
                 resized_documents=int(len(normalised) != len(text))))
         return encoded
+
+    def raw_bytes(self, text: bytes, spans: encoding.Spans) -> np.ndarray:
+        """Return the raw bytes (N,) int64 under the tokens of a text, BOS first."""
+        edges = caseops.original_offsets(text)[spans.edges] if self.use_caseops else spans.edges
+        return np.insert(np.diff(edges), 0, 0)
+
+    def check_bytes(self, batch: list[Document], tokens: list[np.ndarray],
+                    raw_bytes: list[np.ndarray]) -> encoding.Counts:
+        """Return the bytes of all documents' tokens in one row.
+
+        Raises DataError, naming the document, where those of some cannot be believed.
+        """
+        counts, found = self.judge(tokens, raw_bytes)
+        if not found:
+            return counts
+        ends = np.cumsum(list(map(len, tokens)))
+        i = int(np.searchsorted(ends, found[0].position, side="right"))
+        alone = self.judge(tokens[i:i + 1], raw_bytes[i:i + 1])[1][0]  # with its own numbers
+        if self.rules.is_operator[tokens[i][alone.position]]:
+            remedy = "it holds a CaseOps operator itself: give --caseops, which marks such"
+        elif self.sidecar:
+            remedy = "shorten its white space or control characters, or give --no-sidecar"
+        else:
+            remedy = "leave --no-sidecar away, or use another tokenizer"
+        raise fault(batch[i], f"{alone.text}; {remedy}")
+
+    def judge(self, tokens: list[np.ndarray], raw_bytes: list[np.ndarray]
+              ) -> tuple[encoding.Counts, list[encoding.Fault]]:
+        """Return the bytes of some documents, and why not to believe them, by place."""
+        stream = np.concatenate(tokens)
+        counts = encoding.count_bytes(stream, self.rules)
+        sidecar = np.concatenate(raw_bytes) if self.sidecar else None
+        found = encoding.byte_faults(stream, self.rules, counts, sidecar)
+        return counts, sorted(found, key=lambda fault: fault.position)
 
 
 def fault(document: Document, what: str) -> DataError:
@@ -254,7 +281,8 @@ class Product:
             self.save()  # from here on what lies in the folder is ours to remove
         self.manifest_path.unlink(missing_ok=True)
         shutil.rmtree(self.shuffle_folder, ignore_errors=True)
-        for path in [*self.folder.glob("fineweb_*.bin"), *self.folder.glob("*.bin.part")]:
+        ours = itertools.chain(*shards.find_shards(self.folder).values())
+        for path in [*ours, *self.folder.glob("*.bin.part")]:
             if path.name not in self.progress.files:
                 path.unlink()
         return False
@@ -312,7 +340,7 @@ class PartWriter:
         self.writers: list[shards.ShardWriter] = []
 
     def file_names(self) -> list[str]:
-        return [f"fineweb_{split}_{self.number:06d}.bin" for split in self.splits]
+        return [shards.shard_name(split, self.number) for split in self.splits]
 
     def add(self, document: Encoded) -> None:
         """Append a document, finishing shards as they fill.
@@ -409,13 +437,19 @@ def make_settings(args: argparse.Namespace, files: list[Path]) -> dict[str, Any]
                 shuffle_seed=args.shuffle_seed, shard_tokens=args.shard_tokens)
 
 
-def check_val_docs(documents: Iterable[Document], val_docs: int) -> None:
+def check_val_docs(files: list[Path], source: Source, val_docs: int) -> None:
     """Raise DataError unless something is left for training; reads one document more than that."""
-    found = sum(1 for _ in itertools.islice(documents, val_docs + 1))
-    if found <= val_docs:
-        raise DataError(f"--val-docs is {val_docs:,}, the input has only {found:,} documents, so "
-                        f"none is left for training; give fewer, say --val-docs "
-                        f"{max(1, found // 100)}, or more text")
+    found = sum(1 for _ in itertools.islice(read_documents(files, source), val_docs + 1))
+    if found > val_docs:
+        return
+    remedies = ["give more text"]
+    if not source.txt_lines and any(".txt" in path.suffixes for path in files):
+        remedies.append("--txt-lines if each line of a .txt file is a document")
+    if found > 1:
+        remedies.append(f"fewer, say --val-docs {max(1, found // 100)}")
+    raise DataError(f"--val-docs is {val_docs:,}, the input has only {found:,} "
+                    f"document{'s' * (found != 1)}, so none is left for training; "
+                    f"{', or '.join(remedies)}")
 
 
 def training_sentences(documents: Iterable[Document], use_caseops: bool,
@@ -455,15 +489,19 @@ def make_tokenizer(args: argparse.Namespace, product: Product,
         progress.tokenizer_sha256 = shards.sha256_of(product.tokenizer)
         product.save()
     processor = encoding.load_processor(product.tokenizer)
-    check_tokenizer(processor, product.tokenizer, args.caseops)
+    if args.train_tokenizer:
+        encoding.check_tokenizer(processor, product.tokenizer, "the training text is too small or "
+                                 "has no spaces: give more, or --tokenizer with a published one")
+        if (pieces := processor.get_piece_size()) < args.vocab_size:
+            say(f"note: the tokenizer has {pieces:,} pieces, not the {args.vocab_size:,} of "
+                "--vocab-size: its training text repeats no more; more text gives more pieces")
     return processor
 
 
 def check_tokenizer(processor: Any, path: Path, use_caseops: bool) -> None:
-    """Raise ValueError for a tokenizer that cannot serve."""
+    """Raise ValueError for a given tokenizer that cannot serve."""
     encoding.check_tokenizer(processor, path)
-    if use_caseops and any(processor.piece_to_id(operator) == processor.unk_id()
-                           for operator in caseops.OPERATORS):
+    if use_caseops and not encoding.operator_ids(processor):
         raise DataError(f"{path}: has no pieces for the CaseOps operators U+E001 to U+E004; use a "
                         "CaseOps tokenizer, --train-tokenizer, or leave --caseops away")
 
@@ -516,20 +554,20 @@ def make_manifest(product: Product, processor: Any) -> dict[str, Any]:
     stats = {}
     for kind, per_part in (
             ("docs", {part: splits[part]["documents"] for part in PARTS}),
-            ("files", {part: sum(name.startswith(f"fineweb_{part}_") and "_bytes_" not in name
+            ("files", {part: sum(name.rpartition("_")[0] == f"fineweb_{part}"
                                  for name in progress.files) for part in PARTS}),
             ("tokens", {part: splits[part]["tokens"] for part in PARTS})):
         stats[f"{kind}_total"] = sum(per_part.values())
         stats.update({f"{kind}_{part}": count for part, count in per_part.items()})
     ids = dict(vocab_size=processor.get_piece_size(), bos_id=processor.bos_id(),
                eos_id=processor.eos_id())
-    folder = product.folder.relative_to(product.out).as_posix()
+    folder, digits = product.folder.relative_to(product.out).as_posix(), "[0-9]" * 6
     dataset = dict(name=product.name, tokenizer_name=product.name,
                    tokenizer_kind="sentencepiece_bpe", path=folder,
-                   train_glob=f"{folder}/fineweb_train_*.bin",
-                   val_glob=f"{folder}/fineweb_val_[0-9]*.bin", **ids, stats=stats)
+                   train_glob=f"{folder}/fineweb_train_{digits}.bin",
+                   val_glob=f"{folder}/fineweb_val_{digits}.bin", **ids, stats=stats)
     if settings["sidecar"]:
-        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_*.bin"
+        dataset["val_bytes_glob"] = f"{folder}/fineweb_val_bytes_{digits}.bin"
     model_path = product.tokenizer.relative_to(product.out).as_posix()
     return dict(
         version="1", num_docs=stats["docs_total"], num_val_docs=stats["docs_val"],
@@ -561,6 +599,13 @@ def summarise(product: Product, seconds: float) -> None:
         f"trimmed at documents' edges; the byte table counts {val['table_bytes']:,}")
     say(f"val: normalisation changes {val['normalised_documents']:,} documents, the byte count of "
         f"{val['resized_documents']:,}")
+    counted, text = val["surface_bytes"], val.get("text_bytes", 0)  # older manifests lack it
+    if manifest["settings"]["sidecar"] and text and (
+            abs(counted - text) > encoding.WARN_DRIFT_FRAC * text):
+        say(f"WARNING: a score will divide by {counted:,} bytes, of which the tokens give back "
+            f"{text:,} ({encoding.percent(counted, text)}): say so beside it; --no-sidecar, or a "
+            "tokenizer that keeps white space, avoids it")
+    say("on a laptop or a small GPU put PRESET=demo before the last line: a model of that size")
     say(f"ready in {seconds:.0f} s; next:")
     print(f"DATA_PATH={shlex.quote(str(product.folder))} "
           f"TOKENIZER_PATH={shlex.quote(str(product.tokenizer))} "
@@ -649,7 +694,7 @@ def run(args: argparse.Namespace) -> None:
     elif not encoding.VOCAB_RANGE[0] <= args.vocab_size <= encoding.VOCAB_RANGE[1]:
         raise DataError(f"--vocab-size is {args.vocab_size}, must lie in "
                         f"{encoding.VOCAB_RANGE[0]}..{encoding.VOCAB_RANGE[1]}")
-    check_val_docs(read_documents(files, source), args.val_docs)
+    check_val_docs(files, source, args.val_docs)
     settings = make_settings(args, files)
     product = Product(args.out, args.name)
     with product.locked():

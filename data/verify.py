@@ -1,11 +1,11 @@
 """Check token shards: that they are whole, are what they are called, and count their bytes right.
 
 Looks at headers, sizes and, where a manifest.json or download.json lies beside the shards, hashes;
-at token ids; at documents (validation decodes and encodes again to the same tokens, and no
-document of it is in training); at the byte table (its sum is the UTF-8 length of each validation
-document's normalised text) and at the byte sidecar. Names known validation sets. With --docs, the
-documents the shards were made from, it compares those too, and tells how far the counted bytes are
-from the raw ones. The exit code is 0 when there is no FAULT.
+at token ids; at documents (validation decodes and encodes again to the same tokens, so does a
+sample of training, and no validation document is in training); at the bytes a score divides by,
+the byte table's or the sidecar's, over all of validation: what the tokens decode to. Names known
+validation sets. With --docs, the documents the shards were made from, it compares those too, and
+tells how far the counted bytes are from the raw ones. The exit code is 0 when there is no FAULT.
 """
 
 import argparse
@@ -32,18 +32,19 @@ try:
 except ImportError as error:  # reported by main, so that --help works without them
     MISSING = error.name or "numpy"
 
-OK, NOTE, SKIP, FAULT = "ok", "note", "skip", "FAULT"
+OK, NOTE, SKIP, WARN, FAULT = "ok", "note", "skip", "WARN", "FAULT"
 PIP_LINE = "python -m pip install -r data/requirements.txt"
 QUICK_DOCUMENTS = 200  # looked at with --quick, spread over validation
 BATCH_DOCUMENTS = 512
 CHUNK_TOKENS = 1 << 22
 MIN_SAME_FRAC = 0.98  # of documents that encode to their own tokens; another tokenizer: under 0.1
-MAX_SIDECAR_DRIFT = 0.1  # of a document's bytes, for half of the documents: NFKC changes far less
+SAMPLE_DOCUMENTS = 40  # of each training shard, encoded again
+OTHER_NAMES = (catalogue.MANIFEST_NAME, "download.json", "progress.json")  # of our tools, no shards
 MIX = np.uint64(0x9E3779B97F4A7C15) if not MISSING else 0
 
 
 class Finding(NamedTuple):
-    """What one check found; level is OK, NOTE, SKIP or FAULT."""
+    """What one check found; level is OK, NOTE, SKIP, WARN or FAULT."""
 
     level: str
     check: str
@@ -62,7 +63,9 @@ class Validation(NamedTuple):
     """Validation as one stream of N tokens, D documents."""
 
     tokens: "np.ndarray"  # (N,) uint16
-    token_bytes: "np.ndarray"  # (N,) int32, by the byte table; 0 for the first
+    rules: "encoding.Rules"
+    counts: "encoding.Counts"
+    sidecar: "np.ndarray | None"  # uint16, (N,) unless it is another text's
     starts: "np.ndarray"  # (D,) int64, where each BOS stands
     ends: "np.ndarray"  # (D,) int64, one past each document
 
@@ -100,13 +103,10 @@ class Known(NamedTuple):
 
 def find_files(folder: Path, tokenizer: Path | None) -> Files:
     """Return the shards in a folder; ValueError when there are none or the tokenizer is missing."""
-    splits: dict[str, list[Path]] = {"train": [], "val": [], "val_bytes": []}
-    for path in sorted(folder.glob("fineweb_*.bin")):
-        if match := integrity.SHARD_NAME.fullmatch(path.name):
-            splits[match[1]].append(path)
+    splits = shards.find_shards(folder)
     if not splits["val"]:
-        raise ValueError(f"{folder}: no fineweb_val_*.bin in it; fetch them with "
-                         "data/cached_challenge_fineweb.py or build them with "
+        raise ValueError(f"{folder}: no fineweb_val_000000.bin in it; fetch it with "
+                         "data/cached_challenge_fineweb.py or build one with "
                          "data/tokenize_corpus.py")
     tokenizer = tokenizer or guess_tokenizer(folder)
     if not tokenizer.is_file():
@@ -132,16 +132,37 @@ def promised(folder: Path) -> dict[str, str]:
     return found
 
 
+def check_names(files: Files) -> Iterator[Finding]:
+    """Say which files are no shards, and where shards are not numbered 0, 1, 2 and so on."""
+    read = {path.name for paths in files.splits.values() for path in paths}
+    others = sorted(path.name for path in files.folder.iterdir()
+                    if path.name not in read and path.name not in OTHER_NAMES)
+    if others:
+        yield Finding(NOTE, "names", f"not read, being no fineweb_val_000000.bin or the like: "
+                                     f"{', '.join(others[:5])}{' …' * (len(others) > 5)}; "
+                                     "other scripts may read some, move them away")
+    for split, paths in files.splits.items():
+        numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
+        if numbers != list(range(len(paths))):
+            yield Finding(NOTE, "names", f"the {split} shards, in the order of their names, are "
+                                         f"not numbered 0 to {len(paths) - 1}: one is missing or "
+                                         "there twice")
+
+
 def check_headers(files: Files) -> Iterator[Finding]:
     """Compare every shard's header with its size."""
     counts, faults = dict.fromkeys(files.splits, 0), 0
     for split, paths in files.splits.items():
         for path in paths:
             try:
-                counts[split] += integrity.shard_tokens(path)
+                found = integrity.shard_tokens(path)
             except ValueError as error:
                 faults += 1
                 yield Finding(FAULT, "headers", str(error))
+                continue
+            counts[split] += found
+            if not found:
+                yield Finding(NOTE, "headers", f"{path}: is empty, a header without tokens")
     told = ", ".join(f"{len(paths)} {split} ({counts[split]:,} tokens)"
                      for split, paths in files.splits.items() if paths)
     yield Finding(NOTE if faults else OK, "headers", f"{told}; {faults} of them broken"
@@ -152,7 +173,7 @@ def check_hashes(files: Files, jobs: int, tell: Callable[[str], None]) -> Iterat
     """Compare every file that a manifest beside the shards promises with its hash."""
     expected = {files.folder / Path(name).name: sha256
                 for name, sha256 in promised(files.folder).items()
-                if integrity.SHARD_NAME.fullmatch(Path(name).name)}
+                if shards.SHARD_NAME.fullmatch(Path(name).name)}
     if not expected:
         yield Finding(SKIP, "hashes", "no manifest.json or download.json beside the shards")
         return
@@ -186,19 +207,21 @@ def check_tokenizer_hash(files: Files) -> Iterator[Finding]:
 
 
 def load_validation(files: Files, processor) -> Validation:
-    """Return validation with its bytes by the table; ValueError on ids beyond the tokenizer's."""
+    """Return validation with its bytes counted; ValueError on ids beyond the tokenizer's."""
     tokens = np.concatenate([shards.read_shard(path) for path in files.splits["val"]])
-    check_ids(files.splits["val"][0].parent, int(tokens.max(initial=0)), processor)
-    table = shards.byte_table(processor, processor.get_piece_size())
-    token_bytes = np.zeros(len(tokens), np.int32)
-    for start in range(1, len(tokens), CHUNK_TOKENS):
-        stop = min(start + CHUNK_TOKENS, len(tokens))
-        token_bytes[start:stop] = shards.target_bytes(tokens[start - 1:stop], table)
+    sidecars = [shards.read_shard(path) for path in files.splits["val_bytes"]]
+    where = files.splits["val"][0]
+    check_ids(where.parent, int(tokens.max(initial=0)), processor)
     starts, ends = document_bounds(tokens, processor.bos_id())
+    if not len(tokens):
+        raise ValueError(f"{where}: holds no token, nor do the other validation shards; fetch or "
+                         "build them again")
     if not len(starts) or starts[0]:
-        raise ValueError(f"{files.splits['val'][0]}: does not begin with BOS "
-                         f"({processor.bos_id()}); build it again with a BOS before each document")
-    return Validation(tokens, token_bytes, starts, ends)
+        raise ValueError(f"{where}: does not begin with BOS ({processor.bos_id()}); build it again "
+                         "with a BOS before each document")
+    rules = encoding.byte_rules(processor)
+    return Validation(tokens, rules, encoding.count_bytes(tokens, rules),
+                      np.concatenate(sidecars) if sidecars else None, starts, ends)
 
 
 def check_ids(where: Path, largest: int, processor) -> None:
@@ -217,18 +240,16 @@ def fingerprint(validation: Validation) -> Finding:
     """Name the validation set by its counts."""
     num_tokens = len(validation.tokens)
     targets = catalogue.whole_targets(num_tokens)
-    num_bytes = int(validation.token_bytes[1:targets + 1].sum(dtype=np.int64))
-    name = catalogue.name_validation(num_tokens, num_bytes)
-    hint = catalogue.nearest_note(num_tokens, num_bytes) if name == catalogue.UNKNOWN else ""
+    columns = [c for c in (validation.counts.table, validation.sidecar) if c is not None]
+    counted = [int(column[1:targets + 1].sum(dtype=np.int64)) for column in columns]
+    names = [catalogue.name_validation(num_tokens, num_bytes) for num_bytes in counted]
+    name = next((name for name in names if name != catalogue.UNKNOWN), catalogue.UNKNOWN)
+    hint = catalogue.nearest_note(num_tokens, counted[0]) if name == catalogue.UNKNOWN else ""
     return Finding(NOTE if name == catalogue.UNKNOWN else OK, "val",
                    f"{name} ({num_tokens:,} tokens, {len(validation.starts):,} documents; "
-                   f"{targets:,} targets in whole windows, {num_bytes:,} bytes)"
+                   f"{targets:,} targets in whole windows, {counted[0]:,} bytes by the table"
+                   f"{f', {counted[1]:,} by the sidecar' if counted[1:] else ''})"
                    f"{': ' + hint if hint else ''}")
-
-
-def is_caseops(processor) -> bool:
-    """Return whether the tokenizer has the four CaseOps operators as pieces of their own."""
-    return all(processor.piece_to_id(mark) != processor.unk_id() for mark in caseops.OPERATORS)
 
 
 def spread(count: int, most: int | None) -> "np.ndarray":
@@ -244,31 +265,65 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
+def check_bytes(validation: Validation) -> Iterator[Finding]:
+    """Compare what a score divides by with what the tokens decode to, over all of them."""
+    stream, sidecar = (validation.tokens, validation.rules, validation.counts), validation.sidecar
+    faults = encoding.byte_faults(*stream, sidecar)
+    if sidecar is not None and not faults:
+        faults = encoding.foreign_sidecar(*stream, sidecar)
+    for fault in faults:
+        index = int(np.searchsorted(validation.starts, fault.position, side="right")) - 1
+        yield Finding(FAULT, fault.check, f"{fault.text}; first at token {fault.position}, in "
+                                          f"document {index}; {fault.remedy}")
+    table, decoded = (int(column.sum(dtype=np.int64)) for column in validation.counts[:2])
+    if np.array_equal(validation.counts.table, validation.counts.decoded):
+        yield Finding(OK, "bytes", f"the byte table counts {table:,}, as many as the tokens decode "
+                                   "to, each of them")
+    elif sidecar is not None:
+        yield Finding(NOTE, "bytes", f"the byte table counts {table:,}, the tokens decode to "
+                                     f"{decoded:,}: keep the sidecar, without it a score is wrong")
+    if sidecar is not None and len(sidecar) == len(validation.tokens):
+        yield sidecar_drift(validation.sums(sidecar), validation.sums(validation.counts.text))
+
+
+def sidecar_drift(sums: "np.ndarray", sizes: "np.ndarray") -> Finding:
+    """Return how far a sidecar's documents (D,) are from what their tokens give back (D,)."""
+    counted, text = int(sums.sum()), int(sizes.sum())
+    off, drift = np.abs(sums - sizes), abs(counted - text) / max(1, text)
+    told = (f"{counted:,} bytes, the tokens decode to {text:,} ({counted - text:+,}, "
+            f"{encoding.percent(counted, text)}); {np.count_nonzero(off):,} of {len(sums):,} "
+            "documents differ")
+    if drift > encoding.QUIET_DRIFT_FRAC:
+        worst = int(off.argmax())
+        told += f", document {worst} most ({sums[worst]:,} bytes, it decodes to {sizes[worst]:,})"
+    if drift > encoding.WARN_DRIFT_FRAC:
+        return Finding(WARN, "sidecar", f"{told}: a score divides by text that the tokens do not "
+                                        "hold; say so beside it")
+    return Finding(NOTE if drift > encoding.QUIET_DRIFT_FRAC else OK, "sidecar", told)
+
+
 def check_documents(validation: Validation, processor, most: int | None, jobs: int,
                     tell: Callable[[str], None]) -> Iterator[Finding]:
-    """Decode documents: the table's sum must be each text's bytes, and encoding must undo it."""
-    sums, chosen = validation.sums(validation.token_bytes), spread(len(validation.starts), most)
-    is_control = control_ids(processor)
+    """Decode documents: the counted sum must be each text's bytes, and encoding must undo it."""
+    sums = validation.sums(validation.counts.decoded)
+    chosen = spread(len(validation.starts), most)
     wrong: list[tuple[int, int]] = []
     other = num_bytes = 0
     for done, batch in enumerate(batches(chosen.tolist(), BATCH_DOCUMENTS)):
         tell(f"documents {done * BATCH_DOCUMENTS} of {len(chosen)}")
-        tokens = [validation.document(i) for i in batch]
-        ids = [found[~is_control[found]].tolist() for found in tokens]
-        texts = processor.decode(ids, num_threads=jobs)
-        again = processor.encode(texts, num_threads=jobs)
-        sizes = [len(text.encode("utf-8")) for text in texts]
+        sizes, same = read_again([validation.document(i) for i in batch], processor, jobs)
         wrong += [(i, size) for i, size in zip(batch, sizes) if size != sums[i]]
-        other += sum(new != old for new, old in zip(again, ids))
+        other += same.count(False)
         num_bytes += sum(sizes)
     looked = f"{len(chosen):,} of {len(validation.starts):,} documents"
     if wrong:
         index, size = wrong[0]
-        yield Finding(FAULT, "bytes", f"the table is off on {len(wrong)} of {looked}; document "
-                                      f"{index} is {size} bytes of text, counted as {sums[index]}")
+        yield Finding(FAULT, "decoded", f"{len(wrong)} of {looked} decode to other bytes than "
+                      f"their pieces; document {index} is {size} bytes of text, counted as "
+                      f"{sums[index]}; build the shards again")
     else:
-        yield Finding(OK, "bytes", f"the table's sum is the normalised text's length on {looked}, "
-                                   f"{num_bytes:,} bytes")
+        yield Finding(OK, "decoded", f"{looked} decode to the bytes that their pieces count, "
+                                     f"{num_bytes:,}")
     if other > (1 - MIN_SAME_FRAC) * len(chosen):
         yield Finding(FAULT, "tokens", f"{other} of {looked} encode to other tokens: another "
                                        "tokenizer wrote the shards; give that one")
@@ -278,67 +333,28 @@ def check_documents(validation: Validation, processor, most: int | None, jobs: i
                       "tokens again")
 
 
+def read_again(tokens: "list[np.ndarray]", processor, jobs: int) -> tuple[list[int], list[bool]]:
+    """Return of each document its text's bytes, and whether that encodes to the same tokens."""
+    is_control = control_ids(processor)
+    ids = [found[~is_control[found]].tolist() for found in tokens]
+    texts = processor.decode(ids, num_threads=jobs)
+    again = processor.encode(texts, num_threads=jobs)
+    return [len(text.encode("utf-8")) for text in texts], [a == b for a, b in zip(again, ids)]
+
+
 def control_ids(processor) -> "np.ndarray":
     """Return which ids are control pieces, (V,) bool."""
     return np.array([processor.is_control(i) for i in range(processor.get_piece_size())])
 
 
 def check_controls(validation: Validation, processor) -> Iterator[Finding]:
-    """Look for control and unknown ids other than BOS, and for documents without a token."""
+    """Look for control ids other than BOS, and for documents without a token."""
     counts = np.bincount(validation.tokens, minlength=processor.get_piece_size())
     for i in np.flatnonzero(counts).tolist():
-        if processor.is_unknown(i):
-            yield Finding(FAULT, "ids", f"{counts[i]} unknown tokens ({i}): text was lost, and its "
-                                        "bytes are not counted; use a tokenizer with byte fallback")
-        elif processor.is_control(i) and i != processor.bos_id():
+        if processor.is_control(i) and i != processor.bos_id():
             yield Finding(NOTE, "ids", f"{counts[i]} tokens {i} ({processor.id_to_piece(i)})")
     if empty := int((validation.ends - validation.starts == 1).sum()):
         yield Finding(NOTE, "ids", f"{empty} documents are a BOS alone")
-
-
-def check_sidecar(files: Files, validation: Validation, processor,
-                  most: int | None) -> Iterator[Finding]:
-    """Compare the byte sidecar with its tokens: length, zeros, and each document's sum."""
-    if not files.splits["val_bytes"]:
-        if is_caseops(processor):
-            yield Finding(FAULT, "sidecar", "none, and a CaseOps table counts operators as text; "
-                                            "fetch or build fineweb_val_bytes_*.bin")
-        return
-    sidecar = np.concatenate([shards.read_shard(path) for path in files.splits["val_bytes"]])
-    if len(sidecar) != len(validation.tokens):
-        yield Finding(FAULT, "sidecar", f"{len(sidecar)} entries for {len(validation.tokens)} "
-                                        "tokens; fetch or build it again")
-        return
-    silent = shards.byte_table(processor, processor.get_piece_size()).is_boundary
-    tokens, literal = validation.tokens, np.zeros(len(validation.tokens), bool)
-    if is_caseops(processor):
-        marks = [processor.piece_to_id(mark) for mark in caseops.OPERATORS]
-        silent[marks] = True
-        # an operator that the text itself holds follows ESC and counts its own bytes
-        literal[1:] = np.isin(tokens[1:], marks) & (tokens[:-1] == processor.piece_to_id(
-            caseops.ESC))
-    loud = np.flatnonzero(silent[tokens] & ~literal & (sidecar > 0))
-    if len(loud):
-        yield Finding(FAULT, "sidecar", f"{len(loud)} control or operator tokens have bytes, the "
-                                        f"first at {loud[0]}; build it again")
-    yield compare_sidecar(validation, validation.sums(sidecar), processor, most)
-
-
-def compare_sidecar(validation: Validation, sums: "np.ndarray", processor,
-                    most: int | None) -> Finding:
-    """Compare the sidecar's sum per document (D,) with the bytes of its decoded text."""
-    chosen = spread(len(sums), most)
-    restore = caseops.from_caseops if is_caseops(processor) else str
-    sizes = np.array([len(restore(text).encode("utf-8"))
-                      for batch in batches(chosen.tolist(), BATCH_DOCUMENTS)
-                      for text in processor.decode([validation.document(i).tolist()
-                                                    for i in batch])])
-    drift = np.abs(sums[chosen] - sizes) / np.maximum(1, sizes)
-    told = (f"{int(sums.sum()):,} bytes; {int((drift > 0).sum()):,} of {len(chosen):,} documents "
-            f"differ from their decoded text, by {int(sums[chosen].sum() - sizes.sum()):+,} bytes")
-    if len(drift) and np.median(drift) > MAX_SIDECAR_DRIFT:
-        return Finding(FAULT, "sidecar", f"{told}: it belongs to other tokens; build it again")
-    return Finding(OK, "sidecar", told)
 
 
 # ---- against the documents ---------------------------------------------------------------------
@@ -349,29 +365,28 @@ class Distance:
 
     def __init__(self):
         self.compared = self.other = self.changed = self.resized = 0
-        self.raw_bytes = self.table_bytes = self.law_breaks = 0
+        self.raw_bytes = self.table_bytes = 0
         self.sidecar_bytes = self.sidecar_off = 0
 
-    def add(self, raw: bytes, text: bytes, own: bool, table: int, sidecar: int | None,
-            processor) -> None:
-        """Count one document: raw, and as it is tokenised; `own`: its tokens are the shard's."""
-        normalised = encoding.normalised_text(processor, text.decode("utf-8")).encode("utf-8")
+    def add(self, raw: bytes, text: bytes, spans: "encoding.Spans", table: int,
+            sidecar: int | None, processor) -> None:
+        """Count one document: raw, as it is tokenised, and how; bytes by table and sidecar."""
+        normalised = processor.decode(spans.token_ids.tolist()).encode("utf-8")
         self.compared += 1
-        self.other += not own
         self.changed += normalised != text
         self.resized += len(normalised) != len(text)
-        self.law_breaks += own and len(normalised) != table
         self.raw_bytes += len(raw)
         self.table_bytes += table
         if sidecar is not None:
+            edges = caseops.original_offsets(text)[spans.edges] if raw != text else spans.edges
             self.sidecar_bytes += sidecar
-            self.sidecar_off += sidecar != len(raw)
+            self.sidecar_off += sidecar != edges[-1] - edges[0]
 
     def findings(self, has_sidecar: bool, caseops_text: bool) -> Iterator[Finding]:
-        if self.other or self.law_breaks:
+        if self.other:
             yield Finding(FAULT, "docs", f"{self.other} of {self.compared} documents have other "
-                          f"tokens, {self.law_breaks} others other bytes than the shards; give "
-                          "the documents and tokenizer they were made from")
+                          "tokens than the shards; give the documents and tokenizer they were "
+                          "made from")
         else:
             yield Finding(OK, "docs", f"{self.compared:,} documents are the shards', token by "
                                       "token")
@@ -384,36 +399,52 @@ class Distance:
         if has_sidecar:
             yield Finding(NOTE if self.sidecar_off else OK, "raw", "the sidecar counts "
                           f"{self.sidecar_bytes - self.raw_bytes:+,} of {self.raw_bytes:,} raw "
-                          f"bytes; {self.sidecar_off:,} of {self.compared:,} documents differ")
+                          f"bytes; {self.sidecar_off:,} of {self.compared:,} documents differ "
+                          "from the text under their tokens")
 
 
-def check_against_documents(files: Files, validation: Validation, processor, paths: list[Path],
+def check_against_documents(validation: Validation, processor, paths: list[Path],
                             most: int | None, tell: Callable[[str], None]) -> Iterator[Finding]:
     """Compare validation, document by document, with the text it was made from."""
-    found, distance = documents.find_files(paths), Distance()
-    sidecars, with_caseops = files.splits["val_bytes"], is_caseops(processor)
-    sums, raw_sums = validation.sums(validation.token_bytes), None
-    if sidecars:
-        sidecar = np.concatenate([shards.read_shard(path) for path in sidecars])
-        if len(sidecar) == len(validation.tokens):
-            raw_sums = validation.sums(sidecar)
-    wanted = len(sums) if most is None else min(most, len(sums))
-    index = 0
+    found, distance, raw_sums = documents.find_files(paths), Distance(), None
+    sums = validation.sums(validation.counts.table)
+    if validation.sidecar is not None and len(validation.sidecar) == len(validation.tokens):
+        raw_sums = validation.sums(validation.sidecar)
+    wanted, index = len(sums) if most is None else min(most, len(sums)), 0
+    ways: list[Callable] = [bytes]
+    if encoding.operator_ids(processor):
+        ways.append(caseops.encode_utf8)
     for batch in batches(documents.read_documents(found, documents.Source()), BATCH_DOCUMENTS):
         tell(f"compared with {index} of {wanted} documents")
         raws = [document.text for document in batch]
-        texts = [caseops.encode_utf8(raw) for raw in raws] if with_caseops else raws
-        for raw, text, tokens in zip(raws, texts, encoding.encode_batch(processor, texts)):
-            if len(tokens) > 1 and index < wanted:  # what gives no token is not in the shards
-                own = np.array_equal(tokens[1:], validation.document(index))
-                distance.add(raw, text, own, int(sums[index]),
+        if len(ways) > 1:
+            ways = ways_of(raws, ways, validation, index, processor)
+        texts = [ways[0](raw) for raw in raws]
+        for raw, text, spans in zip(raws, texts, encoding.spans_batch(processor, texts)):
+            if len(spans.token_ids) and index < wanted:  # others are not in the shards
+                distance.add(raw, text, spans, int(sums[index]),
                              None if raw_sums is None else int(raw_sums[index]), processor)
+                distance.other += not np.array_equal(spans.token_ids, validation.document(index))
                 index += 1
         if index >= wanted:
             break
     if index < wanted:
         yield Finding(FAULT, "docs", f"only {index} documents for the {wanted} of validation")
-    yield from distance.findings(raw_sums is not None, with_caseops)
+    yield from distance.findings(raw_sums is not None, ways[0] is caseops.encode_utf8)
+
+
+def ways_of(raws: list[bytes], ways: list[Callable], validation: Validation, index: int,
+            processor) -> list[Callable]:
+    """Return which ways of writing documents, plain or CaseOps, give most of the shards' tokens.
+
+    A CaseOps tokenizer serves for both, so that it has the operators tells nothing.
+    """
+    right = []
+    for way in ways:
+        found = [t for t in encoding.encode_batch(processor, list(map(way, raws))) if len(t) > 1]
+        right.append(sum(np.array_equal(tokens[1:], validation.document(index + i))
+                         for i, tokens in enumerate(found[:len(validation.starts) - index])))
+    return [way for way, count in zip(ways, right) if count == max(right)]
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -437,31 +468,15 @@ def digest_of(tokens: "np.ndarray") -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
-def known_of(validation: Validation, processor) -> Known:
+def known_of(validation: Validation) -> Known:
     """Return what training shards are compared with; empty documents are left out."""
-    byte_values = np.full(1 << 16, -1, np.int16)
-    for i in filter(processor.is_byte, range(processor.get_piece_size())):
-        byte_values[i] = int(processor.id_to_piece(i)[1:-1], 16)  # "<0xE2>"
+    byte_values = np.full(1 << 16, -1, np.int16)  # training may hold ids beyond the tokenizer's
+    byte_values[:len(validation.rules.byte_values)] = validation.rules.byte_values
     full = np.flatnonzero(validation.ends - validation.starts > 1)
     starts, ends = validation.starts[full], validation.ends[full]
     digests = {digest_of(validation.tokens[a:b]): int(i) for i, a, b in zip(full, starts, ends)}
     keys = np.unique(document_keys(validation.tokens, starts, ends))
-    return Known(processor.bos_id(), byte_values, keys, digests)
-
-
-def broken_bytes(tokens: "np.ndarray", byte_values: "np.ndarray") -> int | None:
-    """Return the position of a byte piece whose run is no UTF-8, None when all are."""
-    found = byte_values[tokens]
-    places = np.flatnonzero(found >= 0)
-    new_run = np.flatnonzero(np.diff(places, prepend=-2) != 1)
-    # A space between runs: two broken ones must not mend each other
-    content = np.insert(found[places].astype(np.uint8), new_run, ord(" ")).tobytes()
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        spaces = new_run + np.arange(len(new_run))
-        return int(places[error.start - np.searchsorted(spaces, error.start)])
-    return None
+    return Known(validation.rules.bos_id, byte_values, keys, digests)
 
 
 def head_of(path: Path, bos_id: int) -> "np.ndarray":
@@ -496,7 +511,7 @@ def scan_shard(paths: list[Path], known: Known, index: int) -> ShardReport:
     found = np.flatnonzero(np.isin(document_keys(tokens, starts, ends), known.keys))
     numbers = (known.digests.get(digest_of(tokens[starts[i]:ends[i]])) for i in found)
     return ShardReport(int(here.max(initial=0)), len(starts), int((ends - starts == 1).sum()),
-                       broken_bytes(tokens, known.byte_values),
+                       encoding.broken_bytes(tokens, known.byte_values),
                        frozenset(number for number in numbers if number is not None))
 
 
@@ -523,7 +538,7 @@ def check_training(files: Files, validation: Validation, processor, max_shared: 
     if not paths:
         yield Finding(SKIP, "training", "no training shards here")
         return
-    known = known_of(validation, processor)
+    known = known_of(validation)
     reports = in_parallel(partial(scan_shard, paths, known), list(range(len(paths))), jobs,
                           "training shards", tell)
     for path, report in zip(paths, reports):
@@ -533,9 +548,9 @@ def check_training(files: Files, validation: Validation, processor, max_shared: 
         elif report.broken is not None:
             yield Finding(FAULT, "training", f"{path}: a document does not decode: its byte "
                           f"pieces are no UTF-8, {report.broken} tokens after the first BOS")
-    if shards.read_shard(paths[0])[:1].tolist() != [known.bos_id]:
-        yield Finding(FAULT, "training", f"{paths[0]}: does not begin with BOS ({known.bos_id}): "
-                                         "its first document is cut off; build it again")
+    yield from check_start(paths, known.bos_id)
+    if all(report.largest_id < processor.get_piece_size() for report in reports):
+        yield from check_sample(paths, processor)
     count = sum(report.num_documents for report in reports)
     empty = sum(report.num_empty for report in reports)
     yield Finding(NOTE if empty else OK, "training", f"{count:,} documents"
@@ -544,6 +559,32 @@ def check_training(files: Files, validation: Validation, processor, max_shared: 
     level = OK if not shared else NOTE if len(shared) <= max_shared else FAULT
     yield Finding(level, "disjoint", f"{len(shared):,} of {len(known.digests):,} different "
                   f"validation documents are in training, too{named(shared)}")
+
+
+def check_start(paths: list[Path], bos_id: int) -> Iterator[Finding]:
+    """Look whether training begins with a document; empty shards before it hold none."""
+    heads = [shards.read_shard(path)[:1].tolist() for path in paths]
+    first = next((i for i, head in enumerate(heads) if head), None)
+    if first is None:
+        yield Finding(FAULT, "training", f"no training shard holds a token, {paths[0]} is empty; "
+                                         "build them again")
+    elif heads[first] != [bos_id]:
+        yield Finding(FAULT, "training", f"{paths[first]}: does not begin with BOS ({bos_id}): "
+                                         "its first document is cut off; build it again")
+
+
+def check_sample(paths: list[Path], processor) -> Iterator[Finding]:
+    """Encode documents of each training shard again: another tokenizer's give other tokens."""
+    for path in paths:
+        tokens = shards.read_shard(path)
+        starts, ends = document_bounds(tokens, processor.bos_id())
+        chosen = spread(len(starts) - 1, SAMPLE_DOCUMENTS)  # the last may go on in the next shard
+        sample = [tokens[starts[i] + 1:ends[i]] for i in chosen if ends[i] - starts[i] > 1]
+        same = read_again(sample, processor, 1)[1] if sample else []
+        if 2 * same.count(False) > len(same):
+            yield Finding(FAULT, "training", f"{path}: {same.count(False)} of {len(same)} of its "
+                          "documents encode to other tokens: another tokenizer wrote it; build it "
+                          "again with validation's, or move it away")
 
 
 def named(numbers: list[int]) -> str:
@@ -556,6 +597,7 @@ def named(numbers: list[int]) -> str:
 def check_all(files: Files, args: argparse.Namespace, tell: Callable[[str], None]
               ) -> Iterator[Finding]:
     """Run every check that makes sense after the ones before it."""
+    yield from check_names(files)
     headers = list(check_headers(files))
     yield from headers
     if args.quick:
@@ -567,15 +609,16 @@ def check_all(files: Files, args: argparse.Namespace, tell: Callable[[str], None
         yield Finding(SKIP, "content", "until every shard is whole")
         return
     processor = encoding.load_processor(files.tokenizer)
-    encoding.check_tokenizer(processor, files.tokenizer)
+    encoding.check_tokenizer(processor, files.tokenizer, "give the shards' own, or build them "
+                             "again with another tokenizer")
     validation = load_validation(files, processor)
     most = QUICK_DOCUMENTS if args.quick else None
     yield fingerprint(validation)
     yield from check_controls(validation, processor)
+    yield from check_bytes(validation)
     yield from check_documents(validation, processor, most, args.jobs, tell)
-    yield from check_sidecar(files, validation, processor, most)
     if args.docs:
-        yield from check_against_documents(files, validation, processor, args.docs, most, tell)
+        yield from check_against_documents(validation, processor, args.docs, most, tell)
     if args.quick:
         yield Finding(SKIP, "training", "with --quick")
     else:

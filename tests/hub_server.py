@@ -3,7 +3,7 @@
 It answers as the hub does: a large (LFS) file redirects to a storage URL, named by its sha256, with
 X-Linked-Etag and X-Linked-Size; a small one is served with its git blob hash as ETag; folders are
 listed page by page with a Link header; what is absent is told by X-Error-Code. Faults can be
-planted for the storage: connections dropped, wrong content, ranges ignored, errors.
+planted: connections dropped or slow, wrong content, ranges ignored, and whole answers of any kind.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -43,6 +44,14 @@ def stored(content: bytes, *, is_lfs=True, size_bytes=None, sha256=None) -> Stor
                   sha256 or hashlib.sha256(content).hexdigest())
 
 
+class Planted(NamedTuple):
+    """An answer in place of the true one; a header of None is left out."""
+
+    status: int
+    body: bytes = b""
+    headers: dict = {}
+
+
 class Request(NamedTuple):
     """What a client asked for; `range` is the Range header or ""."""
 
@@ -60,7 +69,10 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     sent_bytes: int = 0  # content of files only
     drop_after_bytes: list[int] = field(default_factory=list)  # one connection each
-    statuses: list[int] = field(default_factory=list)  # answers to the next storage requests
+    drop_every: int | None = None  # bytes of the answer after which each connection breaks
+    pause_seconds: float = 0.0  # storage sends one byte each
+    planted: list[Planted] = field(default_factory=list)  # for the next storage requests
+    planted_api: list[Planted] = field(default_factory=list)  # for the next questions
     ignores_ranges: bool = False
     gate: threading.Event | None = None  # storage sends half a file, then waits for it
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -87,8 +99,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body=b"", **headers):
         """Send one complete answer; header names have underscores for hyphens."""
         self.send_response(status)
-        for name, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+        headers = {"Content_Length": len(body), **headers}
+        self.close_connection = self.close_connection or headers["Content_Length"] is None
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -108,7 +123,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.headers.get("Authorization", "")))
         length = int(self.headers.get("Content-Length") or 0)
         body, path = self.rfile.read(length), unquote(url.path)
-        if match := re.fullmatch(r"/storage/([0-9a-f]{64})", path):
+        match = re.fullmatch(r"/storage/([0-9a-f]{64})", path)
+        with self.hub.lock:
+            planted = self.hub.planted if match else self.hub.planted_api
+            found = planted.pop(0) if planted else None
+        if found:
+            return self.answer(found.status, found.body, **found.headers)
+        if match:
             return self.send_stored(match[1])
         for pattern, route in (
                 (r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self.list_folder),
@@ -178,10 +199,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_stored(self, sha256):
         with self.hub.lock:
-            status = self.hub.statuses.pop(0) if self.hub.statuses else 0
-            drop = self.hub.drop_after_bytes.pop(0) if self.hub.drop_after_bytes else None
-        if status:
-            return self.answer(status)
+            drop = self.hub.drop_after_bytes.pop(0) if self.hub.drop_after_bytes else (
+                self.hub.drop_every)
         content = next(file.content for files in self.hub.repositories.values()
                        for file in files.values() if file.sha256 == sha256)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -203,6 +222,10 @@ class Handler(BaseHTTPRequestHandler):
             self.push(content[:len(content) // 2])
             self.hub.gate.wait(30)
             return self.push(content[len(content) // 2:])
+        while self.hub.pause_seconds and content:
+            self.push(content[:1])
+            content = content[1:]
+            time.sleep(self.hub.pause_seconds)
         self.push(content if drop is None else content[:drop])
         self.close_connection = self.close_connection or drop is not None
         return None

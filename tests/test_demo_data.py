@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -49,6 +50,17 @@ def tokens_of(demo, part):
 def file_hashes(out):
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def test_printed_command_names_what_the_preset_does_not_read(tmp_path, manifest):
+    assert build_demo.run_line(manifest, Path("data")) == "PRESET=demo python train_gpt.py"
+    words = shlex.split(build_demo.run_line(manifest, tmp_path / "a folder"))
+    found = dict(word.split("=", 1) for word in words if "=" in word)
+    assert found == dict(PRESET="demo", VOCAB_SIZE="1024",
+                         DATA_PATH=str(tmp_path / "a folder/datasets/demo"),
+                         TOKENIZER_PATH=str(tmp_path / "a folder/tokenizers/demo_1024_bpe.model"))
+    other = {**manifest, "recipe": {**manifest["recipe"], "vocab_size": 2048}}
+    assert "VOCAB_SIZE=2048" in build_demo.run_line(other, Path("data"))
 
 
 # ---- the corpus --------------------------------------------------------------------------------

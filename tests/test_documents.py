@@ -111,6 +111,22 @@ def test_what_cannot_be_read_is_refused_before_reading(tmp_path):
         find_files([tmp_path / "empty"])
 
 
+@pytest.mark.parametrize("suffix", [".py", ".md", ".html", ""])
+def test_advice_for_other_names_can_be_followed(tmp_path, suffix):
+    """A folder of such files, or one that is named, is told what would be read."""
+    path = tmp_path / f"x{suffix}"
+    path.write_text("some text")
+    for named in (tmp_path, path):
+        with pytest.raises(DataError) as caught:
+            find_files([named])
+        assert "name the files" not in str(caught.value)
+        assert "names ending in .txt (x.py as x.py.txt" in str(caught.value)
+    path.rename(tmp_path / f"x{suffix}.txt")
+    assert texts_of(find_files([tmp_path])[0]) == ["some text"]
+    (tmp_path / "all.jsonl").write_text('{"text": "..."}')
+    assert texts_of(tmp_path / "all.jsonl") == ["..."]
+
+
 # ---- faults ------------------------------------------------------------------------------------
 
 
@@ -199,6 +215,16 @@ def test_shuffle_is_the_order_of_its_keys_in_any_number_of_files(tmp_path, expec
     assert found == sorted(given, key=lambda d: documents.shuffle_key(7, d.line))
     assert found != given and not folder.exists()
     assert found != list(documents.shuffled(given, 8, folder, expected_bytes))
+
+
+@given(st.lists(st.tuples(st.binary(max_size=40), st.sampled_from(["a", "b c/\u00e9", "\udcff"]),
+                          st.integers(0, 2**40)), max_size=9), st.integers())
+def test_shuffling_gives_every_document_back_as_it_was(tmp_path_factory, found, seed):
+    given = [Document(text, Path(path), line) for text, path, line in found]
+    folder = tmp_path_factory.mktemp("shuffle") / "shuffle.part"
+    again = list(documents.shuffled(given, seed, folder, 3 * documents.BUCKET_BYTES))
+    keys = [documents.shuffle_key(seed, i) for i in range(len(given))]
+    assert again == [given[i] for i in sorted(range(len(given)), key=keys.__getitem__)]
 
 
 def test_shuffle_left_unfinished_leaves_no_files(tmp_path):

@@ -513,6 +513,73 @@ def test_token_longer_than_a_sidecar_can_say_is_refused(model, tmp_path, capsys)
     run(path, tmp_path, "--tokenizer", model, "--no-sidecar", val_docs=2)
 
 
+def test_operator_in_plain_text_of_a_caseops_tokenizer_is_refused(model, tmp_path, capsys):
+    """Its sidecar could not be told from one that counts operators; CaseOps marks it."""
+    path = write_jsonl(tmp_path / "x.jsonl", ["good", "an \ue002 itself", "rest"])
+    for options in ((), ("--no-sidecar",)):
+        run(path, tmp_path, "--tokenizer", model, *options, val_docs=2, status=1)
+        assert "line 2" in (error := one_line_of(capsys)) and "--caseops" in error
+    run(path, tmp_path, "--tokenizer", model, "--caseops", val_docs=2)
+
+
+def test_controls_beyond_what_a_sidecar_is_believed_are_refused_here_first(model, tmp_path,
+                                                                           capsys):
+    texts = ["good", "dogs" + "\x01" * 3000 + "lazy", "rest"]
+    path = write_jsonl(tmp_path / "x.jsonl", texts)
+    run(path, tmp_path, "--tokenizer", model, val_docs=2, status=1)
+    assert "line 2" in (error := one_line_of(capsys)) and "control characters" in error
+
+
+# ---- advice ------------------------------------------------------------------------------------
+
+
+def test_one_text_file_is_told_of_txt_lines_and_not_of_its_own_number(model, tmp_path, capsys):
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join(text for text in make_texts() if text.strip()))
+    run(path, tmp_path, "--tokenizer", model, val_docs=1, status=1)
+    error = one_line_of(capsys)
+    assert "only 1 document," in error and "--txt-lines" in error
+    assert "say --val-docs" not in error
+    run(path, tmp_path, "--tokenizer", model, "--txt-lines", val_docs=1)
+
+
+@pytest.mark.parametrize("count, val_docs", [(2, 2), (60, 60), (300, 50_000)])
+def test_number_that_is_advised_works(model, tmp_path, capsys, count, val_docs):
+    path = write_jsonl(tmp_path / "x.jsonl", ["The quick fox"] * count)
+    run(path, tmp_path, "--tokenizer", model, val_docs=val_docs, status=1)
+    error = one_line_of(capsys)
+    assert "--txt-lines" not in error
+    advised = int(error.split("say --val-docs ")[1].split()[0])
+    run(path, tmp_path, "--tokenizer", model, val_docs=advised)
+
+
+def test_fewer_pieces_than_asked_for_are_said(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "x.jsonl", [text for text in make_texts() if text.strip()])
+    run(path, tmp_path, "--train-tokenizer", "--vocab-size", 2048)
+    told = capsys.readouterr().out
+    pieces = manifest_of(tmp_path / "datasets/mine")["datasets"][0]["vocab_size"]
+    assert pieces < 2048 and f"has {pieces} pieces, not the 2,048 of --vocab-size" in told
+    run(path, tmp_path / "exact", "--train-tokenizer", "--vocab-size", 300)
+    assert "of --vocab-size" not in capsys.readouterr().out
+
+
+def test_text_too_small_for_a_tokenizer_is_not_told_to_train_one(tmp_path, capsys):
+    run(write_jsonl(tmp_path / "x.jsonl", ["ab", "ab"]), tmp_path, "--train-tokenizer",
+        "--vocab-size", 300, val_docs=1, status=1)
+    error = one_line_of(capsys)
+    assert "--train-tokenizer" not in error and "give more" in error
+
+
+def test_backups_in_the_folder_are_left_alone(corpus, model, undisturbed, tmp_path):
+    folder = run(corpus, tmp_path, "--tokenizer", model)
+    backup = folder / "fineweb_val_000000_old.bin"
+    backup.write_bytes(b"precious")
+    run(corpus, tmp_path, "--tokenizer", model, "--fresh")
+    assert backup.read_bytes() == b"precious"
+    backup.unlink()
+    assert files_of(tmp_path) == files_of(undisturbed)
+
+
 def test_tokenizer_without_operators_cannot_write_caseops(corpus, tmp_path, capsys):
     path = tmp_path / "plain.model"
     path.write_bytes(encoding.train_tokenizer([" ".join(WORDS)] * 9, 330))
@@ -541,7 +608,9 @@ def test_missing_package_is_one_line_with_its_remedy(corpus, monkeypatch, capsys
 def test_last_line_is_the_training_command(corpus, model, tmp_path, capsys):
     out = tmp_path / "a folder"
     run(corpus, out, "--tokenizer", model)
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr().out
+    assert "PRESET=demo" in told
+    words = shlex.split(told.splitlines()[-1])
     found = dict(word.split("=", 1) for word in words if "=" in word)
     assert words[3:] == ["python", "train_gpt.py"] and found["VOCAB_SIZE"] == "330"
     assert Path(found["DATA_PATH"], "manifest.json").is_file()

@@ -1,6 +1,7 @@
 """Laws of data/verify.py: sound shards pass, and each kind of damage is named."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,8 +118,9 @@ def test_sound_shards_pass_every_check(corpus, check):
     code, found, told = check("--docs", corpus.docs)
     assert code == 0 and not faults(found), told
     assert {check for level, check in found if level == "ok"} >= {
-        "headers", "hashes", "tokenizer", "bytes", "tokens", "sidecar", "docs", "training",
+        "headers", "hashes", "tokenizer", "bytes", "decoded", "tokens", "docs", "training",
         "disjoint"}
+    assert ("note", "sidecar") in found  # of CURIOUS, which normalisation changes
 
 
 def test_processes_find_what_one_finds(corpus, check):
@@ -276,6 +278,161 @@ def test_help_works_without_any_package():
     assert done.returncode == 1 and "pip install" in done.stderr
 
 
+# ---- names -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "fineweb_val_000000_old.bin", "fineweb_val_bytes_old_000000.bin",
+    "fineweb_train_000000.bin.part", "fineweb_val_\u0661.bin", "fineweb_val_-1.bin",
+    "copy of fineweb_val_000000.bin", "backup"])
+def test_what_is_no_shard_is_mentioned_and_never_counted(corpus, check, name):
+    before = check()[1]
+    (corpus.folder / name).write_bytes(corpus.val_path.read_bytes())
+    code, found, told = check()
+    assert code == 0 and name in found.pop(("note", "names")) and found == before, told
+
+
+def test_missing_and_repeated_numbers_are_mentioned(corpus, check):
+    assert ("note", "names") not in check()[1]
+    corpus.train_path(1).rename(corpus.train_path(50))
+    assert "train shards" in check("--quick")[1]["note", "names"]
+
+
+# ---- the account of bytes ----------------------------------------------------------------------
+
+
+def source_texts():
+    """Return Python sources of this installation: normalisation drops their indentation."""
+    import inspect
+    modules = [json, subprocess, inspect, __import__("argparse"), __import__("ast")]
+    return [inspect.getsource(module)[:20_000] for module in modules]
+
+
+def tokenised(tmp_path, texts, *options, vocab_size=400):
+    """Tokenise texts with the tool, half of them validation; return folder and tokenizer."""
+    import tokenize_corpus
+    path = tmp_path / "docs.jsonl"
+    tmp_path.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if "--tokenizer" not in options:
+        options += ("--train-tokenizer", "--vocab-size", vocab_size)
+    assert tokenize_corpus.main([str(path), "--val-docs", str(len(texts) // 2), "--out",
+                                 str(tmp_path), "--name", "own", *map(str, options)]) == 0
+    return tmp_path / "datasets" / "own", tmp_path / "tokenizers" / "own.model"
+
+
+def verify_lines(folder, model, capsys, *options):
+    capsys.readouterr()
+    code = verify.main([str(folder), "--tokenizer", str(model), *map(str, options)])
+    return code, capsys.readouterr().out
+
+
+def test_text_that_normalisation_shrinks_is_no_fault_but_warned_of(tmp_path, capsys):
+    folder, model = tokenised(tmp_path, source_texts() * 3)
+    assert "WARNING: a score will divide by" in capsys.readouterr().out
+    for options in ((), ("--quick",), ("--docs", tmp_path / "docs.jsonl")):
+        code, told = verify_lines(folder, model, capsys, "--max-shared", 99, *options)
+        counted, text = (int(found.replace(",", "")) for found in re.search(
+            r"WARN  sidecar: ([\d,]+) bytes, the tokens decode to ([\d,]+)", told).groups())
+        assert code == 0 and counted > 1.1 * text
+    assert "0 of 7 documents differ from the text under their tokens" in told
+
+
+def test_without_its_sidecar_such_text_is_not_warned_of(tmp_path, capsys):
+    folder, model = tokenised(tmp_path, source_texts() * 3, "--no-sidecar")
+    assert "WARNING" not in capsys.readouterr().out
+    code, told = verify_lines(folder, model, capsys, "--max-shared", 99)
+    assert code == 0 and "WARN" not in told
+
+
+def test_plain_text_of_a_caseops_tokenizer_is_compared_as_plain(tmp_path, texts, capsys):
+    """That the tokenizer has the operators does not make the shards CaseOps."""
+    texts = [text.title() for text in texts]
+    model = tmp_path / "caseops.model"
+    model.write_bytes(encoding.train_tokenizer(map(caseops.to_caseops, texts), 512,
+                                               caseops.OPERATORS))
+    for options in ((), ("--caseops",), ("--no-sidecar",)):
+        out = tmp_path / "".join(("x", *options))
+        folder, own = tokenised(out, texts, "--tokenizer", model, *options)
+        code, told = verify_lines(folder, own, capsys, "--docs", out / "docs.jsonl")
+        assert code == 0 and "documents are the shards', token by token" in told, told
+        (folder / "fineweb_val_bytes_000000.bin").unlink(missing_ok=True)
+        (folder / "manifest.json").unlink()
+        code, told = verify_lines(folder, own, capsys)
+        assert code == ("--caseops" in options) and ("there is none" in told) == code, told
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_a_table_that_counts_other_bytes_is_refused_over_the_whole_text(corpus, tmp_path, quick,
+                                                                       capsys):
+    """Wherever the only piece stands that it counts wrongly, with --quick too."""
+    model = tmp_path / "phrases.model"
+    train_tokenizer(corpus.texts, model, user_defined_symbols=["very\u2581rare"])
+    processor = encoding.load_processor(model)
+    texts = [*corpus.texts] * 3
+    texts[291] += " a very rare one"
+    tokens = np.concatenate(encoding.encode_batch(processor, [text.encode() for text in texts]))
+    shards.write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    code, told = verify_lines(tmp_path, model, capsys, *quick)
+    true = sum(len(processor.decode(processor.encode(text)).encode()) for text in texts)
+    place = int(np.flatnonzero(tokens == processor.piece_to_id("very\u2581rare"))[0])
+    assert code == 1 and f"counts {true + 2:,} bytes, the tokens decode to {true:,}" in told
+    assert f"first at token {place}, in document 291" in told
+
+
+def test_a_dummy_prefix_is_right(tmp_path, texts, capsys):
+    model = tmp_path / "prefix.model"
+    train_tokenizer(texts, model, add_dummy_prefix=True)
+    for options in ((), ("--no-sidecar",)):
+        folder, own = tokenised(tmp_path / "".join(("x", *options)), texts, "--tokenizer", model,
+                                *options)
+        assert verify_lines(folder, own, capsys)[0] == 0
+
+
+def test_white_space_kept_counts_exactly_by_its_sidecar(tmp_path, capsys):
+    """The byte table is wrong on pieces of spaces; a score divides by the sidecar."""
+    model = tmp_path / "spaces.model"
+    sentences = [text[i:i + 3000] for text in source_texts() for i in range(0, len(text), 3000)]
+    train_tokenizer(sentences, model, allow_whitespace_only_pieces=True,
+                    remove_extra_whitespaces=False, normalization_rule_name="identity")
+    folder, own = tokenised(tmp_path, source_texts() * 2, "--tokenizer", model)
+    code, told = verify_lines(folder, own, capsys, "--max-shared", 9)
+    assert code == 0 and "keep the sidecar" in told and "(+0, +0.0000 %)" in told
+    import tokenize_corpus
+    assert tokenize_corpus.main([
+        str(tmp_path / "docs.jsonl"), "--tokenizer", str(model), "--no-sidecar", "--val-docs", "3",
+        "--out", str(tmp_path / "bare")]) == 1
+    assert "leave --no-sidecar away" in capsys.readouterr().err
+
+
+def test_empty_shards_are_said_and_not_blamed_for_a_missing_bos(corpus, check):
+    stream = np.concatenate([shards.read_shard(corpus.train_path(i)) for i in range(2)])
+    shards.write_shard(corpus.train_path(0), [])
+    shards.write_shard(corpus.train_path(1), stream)
+    corpus.promise()
+    code, found, told = check()
+    assert code == 0 and "does not begin" not in told
+    assert f"{corpus.train_path(0)}: is empty" in found["note", "headers"]
+    for path in corpus.folder.glob("fineweb_train_*.bin"):
+        shards.write_shard(path, [])
+    corpus.promise()
+    assert "no training shard holds a token" in check()[2]
+    shards.write_shard(corpus.val_path, [])
+    assert "holds no token" in check("--quick")[2]
+
+
+def test_a_training_shard_of_another_tokenizer_is_a_fault(corpus, check, models):
+    other = encoding.load_processor(models / "other.model")
+    for path in list(corpus.folder.glob("fineweb_train_*.bin"))[1:]:
+        path.unlink()
+    texts = [text.encode() for text in corpus.texts[NUM_VAL:]]
+    shards.write_shard(corpus.train_path(1), np.concatenate(encoding.encode_batch(other, texts)))
+    corpus.promise()
+    code, found, _ = check()
+    assert code == 1 and faults(found) == {"training"}
+    assert "another tokenizer wrote it" in found["FAULT", "training"]
+
+
 # ---- the quick ways against the obvious ones ---------------------------------------------------
 
 streams = st.lists(st.lists(st.integers(2, 4), max_size=3), min_size=1, max_size=12)
@@ -315,7 +472,7 @@ def test_broken_byte_runs_are_found_as_by_decoding_each(tokens):
     values = np.full(1 << 16, -1, np.int16)
     values[:256] = np.arange(256)
     runs = bytes(t if t < 256 else 255 for t in tokens).split(b"\xff")
-    place = verify.broken_bytes(np.array(tokens, np.uint16), values)
+    place = encoding.broken_bytes(np.array(tokens, np.uint16), values)
     assert (place is None) == all(map(is_utf8, runs))
     assert place is None or tokens[place] < 256
 
@@ -334,7 +491,7 @@ def test_the_law_of_bytes_holds_for_published_tokenizers(name, tmp_path, capsys)
     tokens, sidecar = [], []
     for line in docs.open(encoding="utf-8"):
         text = json.loads(line)["text"]
-        if verify.is_caseops(processor):
+        if encoding.operator_ids(processor):
             encoded = text.encode()
             spans = encoding.spans_batch(processor, [caseops.encode_utf8(encoded)])[0]
             offsets = caseops.original_offsets(caseops.encode_utf8(encoded))
@@ -349,7 +506,7 @@ def test_the_law_of_bytes_holds_for_published_tokenizers(name, tmp_path, capsys)
     told = capsys.readouterr().out
     assert code == 0, told
     assert "the sidecar counts +0 of 1,489,515 raw bytes; 0 of 200 documents differ" in told
-    if not verify.is_caseops(processor):
+    if not encoding.operator_ids(processor):
         assert "33 in length; the table counts -97 of 1,489,515 raw bytes (0.0065 %)" in told
 
 
