@@ -1579,7 +1579,8 @@ class Pieces(NamedTuple):
     """What each id of a tokenizer stands for, arrays (V,), in bytes of UTF-8.
 
     table, leading, boundary: of `byte_table`. inside: what the decoder makes of it behind other
-    text; first: as the first of a document. least and most: raw bytes a sidecar may give it.
+    text; first: as the first of a document. least (in twentieths) and most: raw bytes a sidecar may
+    give it. value: of a byte piece, else -1. steady: text without a space.
     """
 
     table: np.ndarray
@@ -1589,9 +1590,10 @@ class Pieces(NamedTuple):
     first: np.ndarray
     least: np.ndarray
     most: np.ndarray
+    value: np.ndarray
     unknown: np.ndarray
     operator: np.ndarray
-    byte: np.ndarray
+    steady: np.ndarray
     escape: int
 
 
@@ -1599,10 +1601,11 @@ def read_pieces(processor) -> Pieces:
     """Return a tokenizer's Pieces; raises ValueError as `byte_table` does."""
     ids = range(processor.vocab_size())
     table, leading, boundary = byte_table(processor, len(ids))
-    byte, unknown = (np.array([test(i) for i in ids])
-                     for test in (processor.is_byte, processor.is_unknown))
+    value = np.array([int(processor.id_to_piece(i)[1:-1], 16) if processor.is_byte(i) else -1
+                      for i in ids])  # "<0xE2>"
+    byte = value >= 0
     visible = np.flatnonzero(~boundary & ~leading & ~byte)
-    anchor = int(visible[0]) if len(visible) else int(byte.argmax()) + ord("a")
+    anchor = int(visible[0]) if len(visible) else int((value == ord("a")).argmax())
     skip = len(processor.decode([anchor]))
     texts = [text[skip:].encode() for text in processor.decode([[anchor, i] for i in ids])]
     inside = np.where(byte, 1, [len(text) for text in texts])
@@ -1611,12 +1614,13 @@ def read_pieces(processor) -> Pieces:
     operator = np.isin(ids, marks) & (processor.unk_id() not in marks)
     # NFKC makes at most 33 bytes of 3, of ASCII twice as many; it makes 1 of 4, and white space
     # and control characters vanish
-    ascii_bytes = np.where(byte, 0, [sum(c < 128 for c in text) for text in texts])
+    ascii_bytes = np.where(byte, value < 128, [sum(c < 128 for c in text) for text in texts])
     spaced = np.array([b" " in text for text in texts])
-    return Pieces(table, leading, boundary, inside.astype(np.uint16), first.astype(np.uint16),
-                  (ascii_bytes / 2 + (inside - ascii_bytes) / 20).astype(np.float32),
-                  np.where(spaced, 65_535, 4 * inside + 256), unknown, operator, byte,
-                  marks[-1] if operator.any() else -1)
+    return Pieces(
+        table, leading, boundary, inside.astype(np.uint16), first.astype(np.uint16),
+        (9 * ascii_bytes + inside).astype(np.uint32), np.where(spaced, 65_535, 4 * inside + 256),
+        value, np.array([processor.is_unknown(i) for i in ids]), operator,
+        ~spaced & ~byte & ~operator & (inside > 0), marks[-1] if operator.any() else -1)
 
 
 def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1625,11 +1629,10 @@ def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndar
     The last without operators of CaseOps, but for those the text itself holds: behind an ESC that
     acts. Of a run of ESC every other one acts, from the first on.
     """
-    after = pieces.boundary[tokens[:-1]]
     by_table = np.zeros(len(tokens), np.uint16)
+    after = pieces.boundary[tokens[:-1]]
     by_table[1:] = pieces.table[tokens[1:]] + (pieces.leading[tokens[1:]] & ~after)
-    decoded = pieces.inside[tokens]
-    begins = np.flatnonzero(after) + 1
+    decoded, begins = pieces.inside[tokens], np.flatnonzero(tokens[:-1] == BOS_ID) + 1
     decoded[begins] = pieces.first[tokens[begins]]
     if pieces.escape < 0:
         return by_table, decoded, decoded
@@ -1637,46 +1640,91 @@ def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndar
     number = np.arange(len(places))
     runs = np.maximum.accumulate(np.where(np.diff(places, prepend=-2) != 1, number, 0))
     literal = places[(number - runs) % 2 == 0] + 1
-    raw[pieces.operator[tokens]] = 0
     literal = literal[literal < len(tokens)]
+    raw[pieces.operator[tokens]] = 0
     raw[literal] = decoded[literal]
     return by_table, decoded, raw
 
 
-def byte_fault(tokens: np.ndarray, pieces: Pieces, counts, sidecar) -> str:
-    """Return why the bytes of a text's targets cannot be believed, or nothing; exact, all of it.
+def judge_bytes(processor, tokens: np.ndarray, sidecar=None) -> list[tuple[int, str]]:
+    """Return why the bytes of a text's tokens (N,) cannot be believed: first bad token, text.
 
-    counts: of `count_bytes`.
+    Exact, over all of them. Without a sidecar (N,) a score divides by the byte table, which must
+    then count what the tokens decode to. The same rule as data/encoding.py's.
     """
-    by_table, decoded, raw = counts
-    if (unknown := pieces.unknown[tokens]).any():
-        return (f"token {unknown.argmax()} is the unknown one: text was lost that no byte counts; "
-                "use a tokenizer with byte fallback")
-    if sidecar is None:
-        if pieces.operator.any():
-            return ("its tokenizer writes CaseOps, whose operators would count as text without a "
-                    "byte sidecar; bring fineweb_val_bytes_*.bin")
-        if (off := by_table[1:] != decoded[1:]).any():
-            counted, true = (int(x[1:].sum(dtype=np.int64)) for x in (by_table, decoded))
-            return (f"the byte table counts {counted} bytes, the tokens decode to {true}; they "
-                    f"differ first at token {off.argmax() + 1}: use another tokenizer, or shards "
-                    "with a byte sidecar")
-        return ""
-    loud = (sidecar > 0) & (raw == 0) & (pieces.boundary | pieces.operator)[tokens]
-    if loud.any():
-        return (f"its byte sidecar gives {sidecar[loud.argmax()]} bytes to token {loud.argmax()}, "
-                "a control or an operator, which has none; fetch or build the sidecar again")
-    if (large := sidecar > pieces.most[tokens]).any():
-        return (f"its byte sidecar gives {sidecar[large.argmax()]} bytes to token "
-                f"{large.argmax()}, which stands for {raw[large.argmax()]}; fetch or build the "
-                "sidecar again")
-    starts = np.union1d([0], np.flatnonzero(pieces.boundary[tokens]))
-    least = np.add.reduceat(np.where(raw > 0, pieces.least[tokens], 0), starts, dtype=np.float64)
-    few = np.add.reduceat(sidecar, starts, dtype=np.int64) + 0.5 < least
-    if few.any():
-        return (f"its byte sidecar has fewer bytes than any text of the document at token "
-                f"{starts[few.argmax()]} can have; fetch or build the sidecar again")
-    return ""
+    pieces, faults = read_pieces(processor), []
+    by_table, decoded, raw = count_bytes(tokens, pieces)
+
+    def bad(where, text):
+        if where.any():
+            faults.append((int(where.argmax()), text))
+
+    bad(pieces.unknown[tokens], "is the unknown one: text was lost that no byte counts; use a "
+        "tokenizer with byte fallback")
+    if (place := broken_bytes(pieces.value[tokens])) is not None:
+        faults.append((place, "is a byte piece of no UTF-8; build the shards again"))
+    if sidecar is not None:
+        return faults + judge_sidecar(tokens, pieces, (decoded, raw), sidecar)
+    if (marks := pieces.operator[tokens]).any():
+        bad(marks, "is an operator of CaseOps and would count as text; bring its byte sidecar, "
+            "fineweb_val_bytes_*.bin")
+    else:
+        counted, true = (int(x.sum(dtype=np.int64)) for x in (by_table, decoded))
+        bad(by_table != decoded, "is where they begin to differ: the byte table counts "
+            f"{counted} bytes, the tokens decode to {true}; use another tokenizer, or shards with "
+            "a byte sidecar")
+    return faults
+
+
+def broken_bytes(values: np.ndarray) -> int | None:
+    """Return where a run of byte pieces is no UTF-8; values (N,): of byte pieces, -1 elsewhere."""
+    places = np.flatnonzero(values >= 0)
+    runs = np.flatnonzero(np.diff(places, prepend=-2) != 1)
+    # a space between runs: two broken ones must not mend each other
+    content = np.insert(values[places].astype(np.uint8), runs, ord(" ")).tobytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return int(places[error.start - np.searchsorted(runs + np.arange(len(runs)), error.start)])
+    return None
+
+
+def judge_sidecar(tokens: np.ndarray, pieces: Pieces, counts, sidecar) -> list[tuple[int, str]]:
+    """Return why a byte sidecar (N,) cannot belong to tokens (N,); counts: decoded and raw bytes.
+
+    A document has no fewer bytes than any text of its tokens. And where pieces without a space
+    have other bytes than they decode to, as full-width text gives them, one piece has the same
+    ones most times; a sidecar of other tokens has all kinds.
+    """
+    again = "; fetch or build the byte sidecar again"
+    if len(sidecar) != len(tokens):
+        return [(min(len(sidecar), len(tokens)), f"ends a byte sidecar of {len(sidecar)} entries "
+                 f"for {len(tokens)} tokens, or they it{again}")]
+    decoded, raw = counts
+    silent = (pieces.boundary | pieces.operator)[tokens] & ((raw == 0) | pieces.boundary[tokens])
+    for where, text in (
+            (silent & (sidecar > 0), "is a control or an operator, which has none"),
+            (sidecar > pieces.most[tokens], "cannot stand for so many")):
+        if where.any():
+            at = int(where.argmax())
+            return [(at, f"has {sidecar[at]} bytes in the byte sidecar and {text}{again}")]
+    starts = np.flatnonzero(tokens == BOS_ID)
+    if len(starts):
+        least = np.where(raw > 0, pieces.least[tokens], 0)
+        found, least = (np.add.reduceat(x, starts, dtype=np.int64) for x in (sidecar, least))
+        if (few := 20 * found < least - 10).any():
+            return [(int(starts[few.argmax()]), "begins a document of fewer bytes in the byte "
+                     f"sidecar than any text of its tokens has{again}")]
+    places = np.flatnonzero(pieces.steady[tokens])
+    off = places[sidecar[places] != decoded[places]]
+    if len(places) >= 500 and len(off) > 0.2 * len(places):
+        pairs, count = np.unique(tokens[off].astype(np.int64) << 16 | sidecar[off],
+                                 return_counts=True)
+        usual = np.maximum.reduceat(count, np.flatnonzero(np.diff(pairs >> 16, prepend=-1))).sum()
+        if len(off) - usual > 0.2 * len(places):
+            return [(int(off[0]), "has neither the bytes it decodes to nor always the same others, "
+                     f"as many have: it is the byte sidecar of other tokens{again}")]
+    return []
 
 
 def sample_fault(processor, pieces: Pieces, tokens: np.ndarray, count: int) -> str:
@@ -1692,7 +1740,7 @@ def sample_fault(processor, pieces: Pieces, tokens: np.ndarray, count: int) -> s
     for start in starts.tolist():
         ids = tokens[start:start + SAMPLE_TOKENS]
         ids = ids[:np.append(pieces.boundary[ids], True).argmax()]
-        whole = np.flatnonzero(~pieces.byte[ids])  # no cut within a character
+        whole = np.flatnonzero(pieces.value[ids] < 0)  # no cut within a character
         if len(whole):
             samples.append(ids[whole[0]:whole[-1] + 1].tolist())
             places.append(start)
@@ -1705,8 +1753,8 @@ def sample_fault(processor, pieces: Pieces, tokens: np.ndarray, count: int) -> s
                 f"{len(samples)} places is encoded to other ids; set TOKENIZER_PATH to that one")
     counted = sum(int(pieces.first[ids[0]]) + int(pieces.inside[ids[1:]].sum()) for ids in samples)
     if counted != (true := sum(len(text.encode()) for text in texts)):
-        return (f"{len(samples)} samples of it decode to {true} bytes, {counted} are counted: its "
-                "byte pieces are no UTF-8; build the shards again")
+        return (f"{len(samples)} samples of it decode to {true} bytes, {counted} are counted; use "
+                "another tokenizer")
     return ""
 
 
@@ -1745,7 +1793,7 @@ def name_validation(by_table: np.ndarray, denominator: int) -> str:
     whole = len(by_table) // 2048 * 2048
     if name := KNOWN_VALIDATION.get((whole, int(by_table[:whole].sum()))):
         return name
-    near = abs(denominator - WHOLE_TEXT_BYTES) < 1e-3 * WHOLE_TEXT_BYTES
+    near = abs(denominator - WHOLE_TEXT_BYTES) < 2e-4 * WHOLE_TEXT_BYTES
     return KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN") if near else "UNKNOWN"
 
 
@@ -1766,17 +1814,13 @@ def load_validation(config: Config) -> Validation:
     if len(tokens) < 2 or tokens.max() >= vocab_size:
         raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-    sidecar = None
-    if sidecars := find_shards(folder, "val_bytes"):
-        sidecar = np.concatenate([open_shard(path) for path in sidecars])
-        if len(sidecar) != len(tokens):
-            raise ValueError(f"{folder}: byte sidecar has {len(sidecar)} entries for {len(tokens)} "
-                             "validation tokens; remove it or build it again")
-    counts = count_bytes(tokens, table)
-    if fault := (byte_fault(tokens, table, counts, sidecar)
-                 or sample_fault(processor, table, tokens, SAMPLES)):
+    sidecars = [open_shard(path) for path in find_shards(folder, "val_bytes")]
+    sidecar = np.concatenate(sidecars) if sidecars else None
+    faults = [f"token {place} {text}" for place, text in judge_bytes(processor, tokens, sidecar)]
+    if fault := "; ".join(faults) or sample_fault(processor, table, tokens, SAMPLES):
         raise ValueError(f"{folder}: validation text, read with TOKENIZER_PATH="
                          f"{config.tokenizer_file}: {fault}")
+    counts = count_bytes(tokens, table)
     by_table, _, raw = (column[1:] for column in counts)
     target_bytes = by_table if sidecar is None else sidecar[1:]
     warnings = [f"{path.name}: holds {size} tokens" for path in shards

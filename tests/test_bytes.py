@@ -213,7 +213,7 @@ def test_operators_with_a_length_are_refused(documents, tmp_path):
     pieces = read_pieces(corpus.processor)
     corpus.write("val_bytes", count_bytes(corpus.tokens, pieces)[1] * (corpus.tokens != BOS_ID))
     (fault,) = corpus.faults()
-    assert "gives 3 bytes to token 1, a control or an operator" in fault
+    assert "token 1 has 3 bytes in the byte sidecar and is a control or an operator" in fault
 
 
 # ---- other builds, other files ---------------------------------------------------------------

@@ -473,8 +473,7 @@ def test_published_tokenizers_of_one_vocabulary_are_told_apart(tmp_path, tiny_do
     for i, writer in enumerate(same_size):
         folder = tmp_path / str(i)
         tokens = np.array(write_documents(folder, writer, tiny_documents[:20]), np.uint16)
-        if "caseops" in writer.name:  # whose operators would count as text
-            assert "sidecar" in faults_of(folder, writer)[0]
+        if "caseops" in writer.name:
             shards.write_shard(folder / "fineweb_val_bytes_000000.bin", sidecar_of(writer, tokens))
         assert [bool(faults_of(folder, reader)) for reader in same_size] == \
             [reader != writer for reader in same_size]
