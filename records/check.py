@@ -273,7 +273,7 @@ def significance(record: Record) -> Verdict:
     base, kind = record.stated("base"), final_score(record.runs)
     if not isinstance(base, dict) or kind is None:
         return Verdict(rule, "n/a", "no base to compare with" if kind else "no score")
-    old = [Run(Path(f"base{i}"), "text", "unknown", scores={kind: Score(loss, bpb)})
+    old = [Run(Path(f"base{i}"), "text", "published", scores={kind: Score(loss, bpb)})
            for i, (loss, bpb) in enumerate(zip(base["val_loss"], base["val_bpb"]))]
     found = analyse(record.runs, old)
     test = found["test_nats"]

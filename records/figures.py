@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from logs import LogError, Run
+from logs import STAGE_ORDER, LogError, Run
 from summary import name_of, names_of, time_points
 
 # After Okabe and Ito, each dark enough for text on white; yellow and sky blue are not.
@@ -34,7 +34,8 @@ HEAD, LEFT, ABOVE, BELOW = 0.36, 0.62, 0.36, 0.46  # room on top; around each pa
 MOST_POINTS = 300  # a longer curve is drawn as means of equal stretches
 MOST_NAMED = 7  # so many runs can be told apart by colour
 SCORE_NAMES = {"prequant": "EMA", "roundtrip": "packed", "prequant_sliding": "EMA, sliding",
-               "sliding": "packed, sliding", "ttt": "test-time training", "slot": "slot"}
+               "sliding": "packed, sliding", "ttt": "test-time training", "slot": "slot",
+               "ngram": "n-gram", "stream": "packed, stream", "other": "final"}
 
 
 class Curve(NamedTuple):
@@ -294,7 +295,7 @@ def draw_comparison(groups: Mapping[str, Sequence[Run]], path: Path,
                 if any(len(curve.points) > 1 for curve in curves):
                     named = [curve for curve in curves if curve.name]
                     panels.append(Panel(y_name, x_name, curves, named))
-        kinds = [kind for kind in ("ttt", "sliding", "roundtrip")
+        kinds = [kind for kind in reversed(STAGE_ORDER)
                  if all(run.bpb(kind) is not None for run, _, _ in runs)]
         if not panels and not kinds:
             raise LogError(f"{runs[0][0].path}: nothing to draw: no losses by step, no scores")
