@@ -21,6 +21,8 @@ COMMANDS = {
     "pack": ("pack", "make a submission folder from seed logs"),
     "check": ("check", "judge a submission folder rule by rule"),
     "inspect": ("inspect_artifact", "look into a packed artifact"),
+    "sample": ("sample", "show what a packed model writes"),
+    "export": ("export", "write a packed model as safetensors"),
 }
 
 
