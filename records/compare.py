@@ -116,7 +116,8 @@ def analyse(new: Sequence[Run], old: Sequence[Run]) -> dict[str, Any]:
     bpb = final_scores(new, kind), final_scores(old, kind)
     nats = in_nats(new, old, kind)
     found: dict[str, Any] = dict(
-        score=kind, runs=[len(new), len(old)], bpb=bpb,
+        score=kind, finals=sorted({run.final or "" for run in (*new, *old)}),
+        runs=[len(new), len(old)], bpb=bpb,
         mean_bpb=[statistics.fmean(values) for values in bpb],
         std_bpb=[mean_and_std(values)[1] for values in bpb],
         same_tokenizer=share_tokenizer([*new, *old], kind),
@@ -155,9 +156,16 @@ def ruling(found: dict[str, Any]) -> str:
     return f"FAIL  {rule}: p = {p:.3g}; if means and spreads stay as they are, {outlook}"
 
 
+def score_words(found: dict[str, Any]) -> str:
+    """Return which score is compared, and where runs have another final one."""
+    others = [kind or "none" for kind in found["finals"] if kind != found["score"]]
+    return found["score"] + (f" (the last that all have; some end in {', '.join(others)})"
+                             if others else "")
+
+
 def report(found: dict[str, Any], names: Sequence[str], all_settings: bool) -> str:
     """Return the page."""
-    lines = [f"score: {found['score']}, bits per byte"]
+    lines = [f"score: {score_words(found)}, bits per byte"]
     if found["same_tokenizer"] is False:
         lines.append("the tokenizers differ: compared in bits per byte; nats are converted")
     for i, name in enumerate(names):

@@ -89,11 +89,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most MOST_POINTS points: means of equally many neighbours."""
+def thinned(points: Sequence[tuple]) -> list[tuple]:
+    """Return at most MOST_POINTS points: means of equally many neighbours, None where one is."""
     size = -(-len(points) // MOST_POINTS)
     parts = [points[i:i + size] for i in range(0, len(points), max(size, 1))]
-    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
+    return [tuple(None if None in values else statistics.fmean(values) for values in zip(*part))
             for part in parts]
 
 

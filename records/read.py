@@ -94,13 +94,20 @@ def shown(value: float | None, form: str, decimals: int | None = None) -> str:
         return "-"
     if decimals is not None and form.endswith(".8f"):
         form = form.replace("8", str(min(8, decimals)))
-    return format(round(value) if form.endswith("d") else value, form)
+    text = format(round(value) if form.endswith("d") else value, form)
+    return text.lstrip("-") if set(text) <= set("-0.,") else text  # no "-0.0"
 
 
-def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+def rows_of(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Return those of MEASURES that a run states."""
+    values = [measures(run) for run in runs]
+    return [row for row in MEASURES if any(v[row[0]] is not None for v in values)]
+
+
+def columns_of(runs: Sequence[Run], rows: Sequence[tuple[str, str, str]]
+               ) -> tuple[list[str], list[list[str]]]:
     """Return titles and columns of cells: the measures' names, each run, mean and std."""
     values, decimals = [measures(run) for run in runs], [decimals_of(run) for run in runs]
-    rows = [row for row in MEASURES if any(v[row[0]] is not None for v in values)]
     titles, columns = [""], [[FINAL_TITLE, *(title for _, title, _ in rows)]]
     for name, run, value, digits in zip(names_of(runs), runs, values, decimals):
         titles.append(name)
@@ -162,7 +169,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 def report(runs: Sequence[Run], width: int, notes: Sequence[str] = ()) -> str:
     """Return the whole page."""
     rules = [f"{MARKS[v.outcome]}  {v.rule}: {v.reason}" for v in verdicts(runs)]
-    return "\n".join([table(*columns_of(runs), width), "", *rules, "", *remarks(runs),
+    cells = columns_of(runs, rows_of(runs))
+    return "\n".join([table(*cells, width), "", *rules, "", *remarks(runs),
                       *(f"note: {note}" for note in notes)])
 
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "read": ("read", "a table of runs: speed, scores, bytes, time, a verdict per rule"),
     "compare": ("compare", "two groups of runs: difference, significance, settings, figure"),
     "plot": ("plot", "a run's training in one figure"),
+    "watch": ("watch", "show a running run on the terminal until it ends"),
+    "report": ("report", "a page to send: one HTML file with curves, tables and samples"),
     "script": ("script", "make the submission form of train_gpt.py"),
     "pack": ("pack", "make a submission folder from seed logs"),
     "check": ("check", "judge a submission folder rule by rule"),
