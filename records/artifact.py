@@ -24,11 +24,11 @@ class Artifact(NamedTuple):
         """Return its fp32 weights by parameter name."""
         return script().restore_weights(self.header, self.tensors, self.config, self.path)
 
-    def model(self) -> tuple[Any, Any]:
-        """Return the model on the CPU, and the layout of its layers."""
+    def model(self, **options: Any) -> tuple[Any, Any]:
+        """Return the model on the CPU, and the layout of its layers; options: GPT's own."""
         product = script()
         layout = product.layout_of(self.header, self.config, self.path)
-        model = product.GPT(self.config)
+        model = product.GPT(self.config, **options)
         model.load_state_dict(self.weights())
         return model.eval(), layout
 

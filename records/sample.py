@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from artifact import Artifact, find_tokenizer, open_artifact
 from logs import LogError
@@ -47,21 +48,59 @@ def next_tokens(logits, temperature: float, generators) -> list[int]:
             for row, generator in zip(shares, generators)]
 
 
+class Memory:
+    """Keys and values of the tokens read so far, so that each token goes through the model once.
+
+    A forward calls attention once per entry of the layout, always in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Any, Any]] = []
+        self.call, self.length = 0, 0  # of attention in this forward; tokens read
+
+    def attend(self, q_BTHK, k_BTGK, v_BTGK):
+        import torch
+        if self.call < len(self.held):
+            pairs = zip(self.held[self.call], (k_BTGK, v_BTGK))
+            k_BTGK, v_BTGK = (torch.cat(pair, dim=1) for pair in pairs)
+            self.held[self.call] = k_BTGK, v_BTGK
+        else:
+            self.held.append((k_BTGK, v_BTGK))
+        self.call += 1
+        return script().attention_sdpa(q_BTHK, k_BTGK, v_BTGK)
+
+    def logits(self, model, layout, rows):
+        """Return the logits (B, V) behind rows (B, T), of which earlier calls read the first."""
+        product, begin = script(), self.length
+        tables = product.rotary_tables
+        self.call, self.length = 0, rows.shape[1]
+
+        def from_here(length: int, **how: Any) -> tuple:  # positions go on where reading stopped
+            return tuple(table[begin:] for table in tables(begin + length, **how))
+
+        with mock.patch.object(product, "rotary_tables", from_here):
+            return model.logits(rows[:, begin:], layout)[:, -1]
+
+
 def write_tokens(artifact: Artifact, start: list[int], number: int, tokens: int,
                  temperature: float, seed: int) -> list[list[int]]:
     """Return `number` continuations of `start`, each ended before a document's first token.
 
-    The whole context goes through the model for each token: what fits the evaluation's window.
+    Where the window is full, reading begins anew with its later half.
     """
     import torch
-    model, layout = artifact.model()
-    window, ends = artifact.config.eval_seq_len, start[0]
-    rows = torch.tensor([start] * number)
+    memory = Memory()
+    model, layout = artifact.model(attend=memory.attend)
+    # beyond the training length the rotary base depends on the length: nothing could be kept
+    window = min(artifact.config.eval_seq_len, artifact.config.train_seq_len)
+    ends, rows, first = start[0], torch.tensor([start] * number), 0
     generators = [torch.Generator().manual_seed(seed + i) for i in range(number)]
     with torch.inference_mode():
         for _ in range(tokens):
-            drawn = next_tokens(model.logits(rows[:, -window:], layout)[:, -1], temperature,
-                                generators)
+            if rows.shape[1] - first > window:
+                first, memory.held, memory.length = rows.shape[1] - window // 2, [], 0
+            logits = memory.logits(model, layout, rows[:, first:])
+            drawn = next_tokens(logits, temperature, generators)
             rows = torch.cat([rows, torch.tensor(drawn)[:, None]], dim=1)
             if bool((rows[:, len(start):] == ends).any(-1).all()):
                 break

@@ -38,15 +38,33 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(artifact, c
     assert all(f"The {text}" in page for text in first)
 
 
-def test_temperature_zero_takes_the_likeliest_token_each_time(artifact, capsys):
+def test_temperature_zero_takes_the_likeliest_token_each_time(artifact):
     opened = artifact_module.open_artifact(artifact)
-    found = sample.write_tokens(opened, [1, 40, 50], 2, 5, 0.0, 0)
+    found = sample.write_tokens(opened, [1, 40, 50], 2, 30, 0.0, 0)
     assert found[0] == found[1]
     model, layout = opened.model()
     row = [1, 40, 50]
     for token in found[0]:
         assert int(model.logits(torch.tensor([row]), layout)[0, -1].argmax()) == token
         row.append(token)
+
+
+@torch.inference_mode()
+def test_what_is_kept_of_earlier_tokens_changes_no_logit(artifact):
+    opened, memory = artifact_module.open_artifact(artifact), sample.Memory()
+    model, layout = opened.model()
+    keeping, _ = opened.model(attend=memory.attend)
+    rows = torch.arange(2, 62).view(2, 30) * 7 % 500
+    for end in (5, 6, 7, 12, 13, 30):
+        expected = model.logits(rows[:, :end], layout)[:, -1]
+        assert torch.allclose(memory.logits(keeping, layout, rows[:, :end]), expected, atol=1e-4)
+
+
+def test_a_text_may_be_longer_than_the_window(artifact):
+    opened = artifact_module.open_artifact(artifact)
+    (text,) = sample.write_tokens(opened, [1, 40, 50], 1, 150, 1.0, 3)
+    whole = sample.write_tokens(opened, [1, 40, 50], 1, 40, 1.0, 3)[0]
+    assert text[:len(whole)] == whole and len(text) <= 150
 
 
 def test_draws_follow_the_models_distribution():
