@@ -3,8 +3,10 @@
     python records/records.py check records/track_*/*
     python records/records.py check FOLDER --evaluate runs/seed1337/final_model.int6.ptz
 
-Every number is computed again from the logs. Exit code 1 when a rule fails. `--evaluate` scores an
-artifact anew with the folder's script, on the data that DATA_PATH and TOKENIZER_PATH name.
+Every number is computed again from the logs; facts come before form. A folder that `pack` made is
+held to all of schema.json; of others, what they do not state is n/a. Exit code 1 when a rule
+fails. `--evaluate` scores an artifact anew with the folder's script, on the data that DATA_PATH
+and TOKENIZER_PATH name.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +28,12 @@ from typing import Any, NamedTuple
 
 from compare import analyse
 from imports import import_faults, python_faults
-from logs import CAP_BYTES, LogError, Run, Score, read_run
+from logs import CAP_BYTES, LogError, Run, Score, find_logs, read_run
 from pack import mixed
 from product import REPOSITORY, script
+from read import same_run
 from record import (
+    RESULTS_MARK,
     TRACKS,
     RecordError,
     code_hash,
@@ -40,10 +45,20 @@ from record import (
 )
 from script import ScriptError, unpack_script
 from stats_tests import RECORD_NATS, RECORD_P
-from summary import MIN_SEEDS, Verdict, evaluation_seconds, judge, training_seconds
+from summary import (
+    MIN_SEEDS,
+    Verdict,
+    evaluation_seconds,
+    judge,
+    measures,
+    one_step_seconds,
+    training_seconds,
+)
 
 NEEDED_FILES = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
-FOLDER_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})_[\w-]+")
+FOLDER_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})_[\w.+-]+")
+SEED_NAME = re.compile(r".*seed[_-]?(-?\d+)", re.IGNORECASE)
+OUR_KEYS = {"code_sha256", "seed_results", "compliance"}  # which `pack` writes, and hardly another
 WHOLE_TEXT_BYTES = 151_080_891  # of the challenge's 50,000 validation documents
 BPB_ERROR = 2e-8  # losses are logged with eight digits
 
@@ -58,6 +73,12 @@ class Record(NamedTuple):
     logs: dict[int, Run]  # by the seed in the file's name
     events: dict[int, Run]
     faults: dict[str, str]  # file -> why it cannot be read
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `pack` made it, so that it must state everything."""
+        stated = self.submission if isinstance(self.submission, dict) else {}
+        return OUR_KEYS <= stated.keys() or RESULTS_MARK in self.readme
 
     @property
     def runs(self) -> list[Run]:
@@ -87,31 +108,45 @@ def load(folder: Path) -> Record:
 
     found: dict[str, dict[int, Run]] = {"log": {}, "jsonl": {}}
     for suffix, runs in found.items():
-        for path in sorted(folder.glob(f"train_seed*.{suffix}")):
-            seed = re.fullmatch(r"train_seed(-?\d+)", path.stem)
-            run = read(path.name, read_run, None) if seed else None
-            if seed and run:
-                runs[int(seed[1])] = run
+        for i, path in enumerate(log_files(folder, suffix)):
+            run = read(str(path.relative_to(folder)), lambda _, path=path: read_run(path), None)
+            if run and not any(same_run(run, other) for other in runs.values()):
+                named = SEED_NAME.fullmatch(path.stem)
+                seed = int(named[1]) if named else run.seed
+                runs[-1 - i if seed is None or seed in runs else seed] = run
     data = read("submission.json", lambda path: json.loads(path.read_text(encoding="utf-8")), None)
     text = read("README.md", lambda path: path.read_text(encoding="utf-8"), "")
     code = read("train_gpt.py", Path.read_bytes, b"")
     return Record(folder.resolve(), data, text, code, found["log"], found["jsonl"], faults)
 
 
-def verdict(rule: str, faults: Sequence[str], reason: str) -> Verdict:
-    """Return fail with the first faults, or pass with the reason."""
-    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-    return Verdict(rule, "fail", "; ".join(faults[:3]) + more) if faults else \
-        Verdict(rule, "pass", reason)
+def log_files(folder: Path, suffix: str) -> list[Path]:
+    """Return a folder's logs: train_seed<N>.log as the rules name them, else any."""
+    named = sorted(folder.glob(f"train_seed*.{suffix}"))
+    try:
+        return named or (find_logs(folder) if suffix == "log" else [])
+    except LogError:
+        return []
+
+
+def verdict(rule: str, faults: Sequence[str], reason: str, known: bool = True) -> Verdict:
+    """Return fail with all faults, a line each, or pass with the reason.
+
+    known=False: of a folder that need not state it, what is lacking is no fault: n/a.
+    """
+    if not faults:
+        return Verdict(rule, "pass", reason)
+    return Verdict(rule, "fail" if known else "n/a", "\n".join(faults))
 
 
 def files_present(record: Record) -> Verdict:
     faults = [f"{name}: {fault}" for name, fault in record.faults.items()
               if name != "submission.json" or fault == "not there"]
-    faults += [f"{name}: not there" for name in NEEDED_FILES
+    needed = NEEDED_FILES if record.is_ours else NEEDED_FILES[:-1]
+    faults += [f"{name}: not there" for name in needed
                if name not in record.faults and not (record.folder / name).is_file()]
     faults += ["train_seed<N>.log: none"] * (not record.logs)
-    return verdict("files", faults, f"{', '.join(NEEDED_FILES)}, {len(record.logs)} logs")
+    return verdict("files", faults, f"{', '.join(needed)}, {len(record.logs)} logs")
 
 
 def folder_name(record: Record) -> Verdict:
@@ -120,8 +155,10 @@ def folder_name(record: Record) -> Verdict:
               "" if record.track else f"{record.folder.parent.name}/: must be track_"
               + " or track_".join(TRACKS)]
     for what, here in (("date", named and named[1]), ("track", record.track)):
-        if record.submission is not None and here and record.stated(what) != here:
-            faults.append(f"submission.json says {what} {record.stated(what)}, the folder {here}")
+        stated = record.stated(what)
+        plain = str(stated)[:10] if what == "date" else str(stated).removeprefix("track_")
+        if here and plain != here and (stated is not None or record.is_ours):
+            faults.append(f"submission.json says {what} {stated}, the folder {here}")
     return verdict("folder name", [fault for fault in faults if fault],
                    f"{record.folder.parent.name}/{record.folder.name}")
 
@@ -130,17 +167,18 @@ def schema(record: Record) -> Verdict:
     if record.submission is None:
         fault = record.faults.get("submission.json", "not there")
         return Verdict("submission.json", "fail", f"no valid JSON: {fault}")
-    return verdict("submission.json", schema_faults(record.submission), "obeys schema.json")
+    return verdict("submission.json", schema_faults(record.submission), "obeys schema.json",
+                   record.is_ours)
 
 
 def complete(record: Record) -> Verdict:
     faults = [f"{run.path.name}: its last lines are missing" for run in record.runs
               if not run.complete]
     faults += [f"{run.path.name}: logs seed {run.seed}" for seed, run in record.logs.items()
-               if run.seed != seed]
+               if run.seed != seed and (record.is_ours or None is not run.seed != seed >= 0)]
     faults += [f"{run.path.name}: {warning}" for run in record.runs for warning in run.warnings]
     return verdict("every seed complete", faults or ["no log"] * (not record.logs),
-                   f"seeds {', '.join(map(str, record.logs))}")
+                   f"seeds {', '.join(str(run.seed) for run in record.runs)}")
 
 
 def computed(record: Record) -> dict[str, Any]:
@@ -157,6 +195,8 @@ def json_agrees(record: Record) -> Verdict:
     rule = "submission.json = logs"
     if not isinstance(record.submission, dict):
         return Verdict(rule, "n/a", "submission.json cannot be read")
+    if not record.is_ours:
+        return claims_agree(record, rule)
     faults = []
     try:
         found = computed(record)
@@ -168,6 +208,63 @@ def json_agrees(record: Record) -> Verdict:
         elif not same_number(record.stated(name), value):
             faults.append(f"{name} is {record.stated(name)}, the logs give {value}")
     return verdict(rule, faults, f"{len(found)} keys")
+
+
+def claims_agree(record: Record, rule: str) -> Verdict:
+    """Compare what another's submission.json states with its logs, to the digits it states."""
+    kind = final_score(record.runs)
+    if kind is None or not all(run.complete for run in record.runs):
+        return Verdict(rule, "n/a", "the logs do not all end in one kind of score: "
+                       + ", ".join(f"{run.path.name} in {run.final or 'none'}"
+                                   f"{'' if run.complete else ' (incomplete)'}"
+                                   for run in record.runs))
+    faults, compared = [], []
+    for name, ways in logged_values(record.runs, kind).items():
+        stated = record.stated(name)
+        if isinstance(stated, bool) or not isinstance(stated, (int, float)):
+            continue
+        compared.append(name)
+        means = [what for what, value in ways.items() if equals_as_stated(stated, value)]
+        usual, expected = next(iter(ways.items()))
+        if name.startswith("val_") and usual not in means or not means:
+            remark = f" (it is {means[0]})" if means else ""
+            faults.append(f"{name} is {stated}, {usual} by the logs is {expected:.10g}{remark}")
+    if not compared:
+        return Verdict(rule, "n/a", "it states no number that the logs give")
+    return verdict(rule, faults, f"{', '.join(compared)}: as logged ({kind})")
+
+
+def logged_values(runs: Sequence[Run], kind: str) -> dict[str, dict[str, float]]:
+    """Return, by key of a submission.json, what people mean by it: what it is -> value."""
+    found = [measures(run) for run in runs]
+
+    def ways(name: str, first: str) -> dict[str, float]:
+        values = [value for one in found if (value := one.get(name)) is not None]
+        if not values:
+            return {}
+        every = {"the mean": statistics.fmean(values), "the largest": max(values),
+                 "the smallest": min(values),
+                 **{f"{run.path.name}'s": value for run, value in zip(runs, values)}}
+        return {first: every[first], **every}
+
+    keys = {"val_bpb": ways("final_bpb", "the mean"), "val_loss": ways("final_loss", "the mean"),
+            "pre_quant_val_bpb": ways("prequant_bpb", "the mean"),
+            "bytes_total": ways("total_bytes", "the largest"),
+            "bytes_code": ways("code_bytes", "the largest"),
+            "artifact_bytes_mean": ways("artifact_bytes", "the mean"),
+            "artifact_bytes_max": ways("artifact_bytes", "the largest"),
+            "eval_time_seconds": ways("evaluation_seconds", "the largest"),
+            "step_stop": ways("steps", "the largest")}
+    if len(runs) > 1 and (scores := [run.bpb(kind) or 0.0 for run in runs]):
+        keys["val_bpb_std"] = {"the sample deviation": statistics.stdev(scores),
+                               "the population deviation": statistics.pstdev(scores)}
+    return {name: values for name, values in keys.items() if values}
+
+
+def equals_as_stated(stated: float, logged: float) -> bool:
+    """Return whether a number, rounded to the decimals of the stated one, is that one."""
+    decimals = len(repr(float(stated)).partition(".")[2]) if isinstance(stated, float) else 0
+    return abs(stated - logged) <= 0.501 * 10.0 ** -decimals
 
 
 def seed_faults(stated: Any, found: dict[str, dict[str, Any]]) -> list[str]:
@@ -184,6 +281,8 @@ def seed_faults(stated: Any, found: dict[str, dict[str, Any]]) -> list[str]:
 
 def readme_agrees(record: Record) -> Verdict:
     rule = "README.md = logs"
+    if not record.is_ours:
+        return Verdict(rule, "n/a", "it has no table that pack wrote")
     try:
         table = results_table(computed(record))
     except RecordError as error:
@@ -209,24 +308,29 @@ def events_agree(record: Record) -> Verdict:
 
 
 def one_configuration(record: Record) -> Verdict:
-    return verdict("one configuration", mixed(record.runs),
+    return verdict("one configuration", mixed(record.runs) if record.is_ours else
+                   [fault for fault in mixed(record.runs) if not fault.startswith("machine")],
                    f"{len(record.runs)} seeds share settings, data and machine")
 
 
 def enough_seeds(record: Record) -> Verdict:
-    count = len(record.logs)
-    return verdict(f"{MIN_SEEDS} seeds or more", [f"{count}"] * (count < MIN_SEEDS), f"{count}")
+    rule, count = f"{MIN_SEEDS} seeds or more", len(record.logs)
+    if not record.is_ours and record.track == "non_record_16mb":
+        return Verdict(rule, "n/a", f"{count}; a rule of track 10min_16mb")
+    return verdict(rule, [f"{count}"] * (count < MIN_SEEDS), f"{count}")
 
 
 def code_ran(record: Record) -> Verdict:
     rule, digest = "script made the logs", hashlib.sha256(record.code).hexdigest()
     faults = [f"{run.path.name}: made by a script of sha256 {code_hash(run) or 'unknown'}, not "
               f"{digest}" for run in record.runs if code_hash(run) != digest]
-    return verdict(rule, faults, f"sha256 {digest[:16]}…")
+    return verdict(rule, faults, f"sha256 {digest[:16]}…", record.is_ours)
 
 
 def sizes(record: Record) -> Verdict:
     code, faults = len(record.code), []
+    if not record.is_ours:
+        return sums_agree(record)
     for run in record.runs:
         logged, artifact, total = run.sizes.code, run.sizes.artifact, run.sizes.total
         if logged != code:
@@ -236,17 +340,40 @@ def sizes(record: Record) -> Verdict:
     return verdict("sizes", faults, f"code {code} bytes, totals add up")
 
 
+def sums_agree(record: Record) -> Verdict:
+    """Hold another's sums against their parts, and say how it counts its code."""
+    faults, logged = [], {run.sizes.code for run in record.runs}
+    for run in record.runs:
+        artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
+        if None not in (artifact, code, total) and total != (artifact or 0) + (code or 0):
+            faults.append(f"{run.path.name}: total {total}, artifact {artifact} + code {code}")
+    by_logs = " or ".join(f"{code:,}" for code in sorted(filter(None, logged))) or "unknown"
+    same = logged == {len(record.code)}
+    return verdict("sizes", faults, f"code {by_logs} bytes by the logs"
+                   + (", the file's size" if same else f", {len(record.code):,} as train_gpt.py "
+                      "lies here (packed or not, or changed since)"))
+
+
 def cap(record: Record) -> Verdict:
+    rule = f"code + artifact <= {CAP_BYTES:,} bytes"
+
     def total(run):
         return None if run.sizes.artifact is None else run.sizes.artifact + len(record.code)
-    return judge(f"code + artifact <= {CAP_BYTES:,} bytes", record.runs, total, CAP_BYTES, "bytes")
+    by_file = judge(rule, record.runs, total, CAP_BYTES, "bytes")
+    if record.is_ours:
+        return by_file
+    by_logs = judge(rule, record.runs, lambda run: run.sizes.total, CAP_BYTES, "bytes")
+    reasons = f"{by_logs.reason}, as logged; {by_file.reason}, with train_gpt.py as it lies here"
+    known = {found.outcome for found in (by_logs, by_file)} - {"n/a"}
+    return Verdict(rule, known.pop() if len(known) == 1 else "n/a", reasons)
 
 
 def timed(record: Record, what: str, value_of: Callable, limit: float) -> Verdict:
     rule = f"{what} <= {limit} s"
     if record.track != "10min_16mb":
         return Verdict(rule, "n/a", "a rule of track 10min_16mb")
-    return judge(rule, record.runs, value_of, limit, "s")
+    leeway = one_step_seconds if what.startswith("training") else lambda run: 0.0
+    return judge(rule, record.runs, value_of, limit, "s", leeway)
 
 
 def train_time(record: Record) -> Verdict:
@@ -265,15 +392,19 @@ def machine(record: Record) -> Verdict:
     faults = [f"{run.path.name}: {fact.get('world_size')} x {fact.get('device_name')}"
               for run, fact in zip(record.runs, facts)
               if fact.get("world_size") != 8 or "H100" not in str(fact.get("device_name"))]
+    if not any(facts):
+        said = record.stated("hardware")
+        return Verdict(rule, "n/a", "not logged" + (f"; submission.json says {said}" if said
+                                                    else ""))
     return verdict(rule, faults, "as logged")
 
 
 def significance(record: Record) -> Verdict:
     rule = f"lower by {RECORD_NATS} nats at p < {RECORD_P}"
     base, kind = record.stated("base"), final_score(record.runs)
-    if not isinstance(base, dict) or kind is None:
+    if not isinstance(base, dict) or kind is None or not record.is_ours:
         return Verdict(rule, "n/a", "no base to compare with" if kind else "no score")
-    old = [Run(Path(f"base{i}"), "text", "unknown", scores={kind: Score(loss, bpb)})
+    old = [Run(Path(f"base{i}"), "text", "published", scores={kind: Score(loss, bpb)})
            for i, (loss, bpb) in enumerate(zip(base["val_loss"], base["val_bpb"]))]
     found = analyse(record.runs, old)
     test = found["test_nats"]
@@ -289,7 +420,17 @@ def compiles(record: Record) -> Verdict:
         faults = faults or python_faults(unpack_script(record.code).encode(), "its unpacked text")
     except ScriptError as error:
         faults = [str(error)]
-    return verdict("compiles on Python 3.10", faults, "loader and program")
+    # another's script may be for a newer Python: a fault only where this one refuses it, too
+    return verdict("compiles on Python 3.10", faults, "loader and program",
+                   record.is_ours or not compiles_here(record.code))
+
+
+def compiles_here(code: bytes) -> bool:
+    try:
+        compile(code, "train_gpt.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def imports_alone(record: Record) -> Verdict:
@@ -304,7 +445,9 @@ def imports_alone(record: Record) -> Verdict:
                   for fault in import_faults(text, listed, beside)]
     except (ScriptError, SyntaxError, ValueError) as error:
         return Verdict(rule, "n/a", f"cannot be parsed: {error}")
-    return verdict(rule, faults, "standard library and requirements.txt")
+    unlisted = all("beside" not in fault for fault in faults) and not listed
+    return verdict(rule, faults, "standard library and requirements.txt",
+                   record.is_ours or not unlisted)
 
 
 def coverage(record: Record) -> Verdict:
@@ -369,17 +512,20 @@ def byte_fingerprint(record: Record) -> Verdict:
 
 def legality(record: Record) -> Verdict:
     stated = record.stated("compliance")
-    if not isinstance(stated, dict) or not stated:
-        return Verdict("legality statement", "fail", "submission.json has no compliance")
+    if not isinstance(stated, dict) or not stated or not record.is_ours:
+        return Verdict("legality statement", "fail" if record.is_ours else "n/a",
+                       "submission.json has no compliance in the form of schema.json")
     faults = [f"{name}: not in README.md" for name, text in stated.items()
               if str(text) not in record.readme]
     return verdict("legality statement", faults, f"{len(stated)} conditions")
 
 
-FOLDER_RULES = (files_present, folder_name, schema, complete, enough_seeds, legality, compiles,
-                imports_alone)
-LOG_RULES = (one_configuration, code_ran, json_agrees, readme_agrees, events_agree, sizes, cap,
-             train_time, eval_time, machine, significance, coverage, byte_fingerprint)
+# Facts, what the logs show of the claim; then form, what a reader needs besides.
+FACTS = (json_agrees, cap, train_time, eval_time, complete, enough_seeds, one_configuration,
+         code_ran, sizes, events_agree, readme_agrees, machine, significance, coverage,
+         byte_fingerprint)
+FORM = (files_present, folder_name, schema, legality, compiles, imports_alone)
+OF_FOLDERS = (complete, enough_seeds)  # facts that can be judged without a log
 
 
 def evaluate(record: Record, artifact: Path) -> Verdict:
@@ -442,14 +588,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def judgements(record: Record, artifacts: Sequence[Path]) -> list[Verdict]:
     """Return a verdict per rule."""
-    found = [rule(record) for rule in FOLDER_RULES]
+    form = [rule(record) for rule in FORM]
     if not record.logs:
-        return [*found, Verdict("all that logs show", "n/a", "no log can be read")]
-    found += [rule(record) for rule in LOG_RULES]
+        facts = [rule(record) for rule in OF_FOLDERS]
+        return [*facts, Verdict("all that logs show", "n/a", "no log can be read"), *form]
+    facts = [rule(record) for rule in FACTS]
+    facts += [evaluate(record, artifact) for artifact in artifacts]
     if not artifacts:
         note = "give --evaluate ARTIFACT to have it scored again"
-        return [*found, Verdict("artifact scores the same", "n/a", note)]
-    return found + [evaluate(record, artifact) for artifact in artifacts]
+        facts.append(Verdict("artifact scores the same", "n/a", note))
+    return facts + form
+
+
+def page(folder: str, verdicts: Sequence[Verdict]) -> str:
+    """Return one folder's verdicts as text, a fault a line."""
+    width = max(len(v.rule) for v in verdicts)
+    indent = "\n" + " " * (width + 10)
+    lines = [f"  {v.outcome:4}  {v.rule:{width}}  {v.reason}".replace("\n", indent)
+             for v in verdicts]
+    count = [sum(v.outcome == outcome for v in verdicts) for outcome in ("pass", "fail", "n/a")]
+    return "\n".join([folder, *lines, f"  {count[0]} pass, {count[1]} fail, {count[2]} n/a"])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -461,9 +619,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({folder: [v._asdict() for v in verdicts]
                           for folder, verdicts in found.items()}, indent=1))
     for folder, verdicts in () if args.json else found.items():
-        print(folder)
-        width = max(len(v.rule) for v in verdicts)
-        print("\n".join(f"  {v.outcome:4}  {v.rule:{width}}  {v.reason}" for v in verdicts))
-        count = [sum(v.outcome == outcome for v in verdicts) for outcome in ("pass", "fail", "n/a")]
-        print(f"  {count[0]} pass, {count[1]} fail, {count[2]} n/a")
+        print(page(folder, verdicts))
     return int(any(v.outcome == "fail" for verdicts in found.values() for v in verdicts))

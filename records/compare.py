@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logs import LogError, Run, read_run
-from read import seed_logs
+from logs import STAGE_ORDER, LogError, Run
+from read import read_group, same_run
 from stats_tests import RECORD_NATS, RECORD_P, Comparison, seeds_to_decide, welch
 from summary import mean_and_std, names_of
 
@@ -55,8 +55,10 @@ def final_scores(runs: Sequence[Run], kind: str) -> list[float]:
 
 def common_kind(runs: Sequence[Run]) -> str:
     """Return the score that the runs are compared by: the last that all of them have."""
-    for kind in ("ttt", "sliding", "roundtrip"):
-        if all(run.bpb(kind) is not None for run in runs):
+    finals = {run.final for run in runs}
+    order = finals if len(finals) == 1 else reversed(STAGE_ORDER)
+    for kind in order:
+        if kind and all(run.bpb(kind) is not None for run in runs):
             return kind
     worst = next((run for run in runs if run.final is None), runs[0])
     raise LogError(f"{worst.path}: no final score that all runs have (it has: "
@@ -69,19 +71,26 @@ def bytes_per_token(run: Run, kind: str) -> float | None:
     return score.loss / math.log(2) / score.bpb if score.loss and score.bpb else None
 
 
+def share_tokenizer(runs: Sequence[Run], kind: str) -> bool | None:
+    """Return whether the scored tokens of all runs stand for equally many bytes; None: unknown."""
+    sizes = [bytes_per_token(run, kind) for run in runs]
+    known = [size for size in sizes if size]
+    return None if len(known) < len(sizes) else \
+        max(known) - min(known) <= SAME_TOKENIZER * min(known)
+
+
 def in_nats(new: Sequence[Run], old: Sequence[Run], kind: str) -> tuple[list, list, str] | None:
     """Return both groups' scores in nats a token, and how they were got; None if unknown.
 
     Tokens of two vocabularies are no common measure: then bpb times the old runs' bytes a token.
     """
-    sizes = [bytes_per_token(run, kind) for run in (*new, *old)]
-    known = [size for size in sizes if size]
-    if len(known) < len(sizes):
+    same = share_tokenizer([*new, *old], kind)
+    if same is None:
         return None
-    if max(known) - min(known) <= SAME_TOKENIZER * min(known):
+    if same:
         return ([run.scores[kind].loss for run in new], [run.scores[kind].loss for run in old],
                 "nats a token, as logged")
-    factor = statistics.fmean(known[len(new):]) * math.log(2)
+    factor = statistics.fmean(bytes_per_token(run, kind) or 0.0 for run in old) * math.log(2)
     return ([factor * value for value in final_scores(new, kind)],
             [factor * value for value in final_scores(old, kind)],
             f"nats a token of the old runs ({factor / math.log(2):.4f} bytes each): the "
@@ -107,9 +116,11 @@ def analyse(new: Sequence[Run], old: Sequence[Run]) -> dict[str, Any]:
     bpb = final_scores(new, kind), final_scores(old, kind)
     nats = in_nats(new, old, kind)
     found: dict[str, Any] = dict(
-        score=kind, runs=[len(new), len(old)], bpb=bpb,
+        score=kind, finals=sorted({run.final or "" for run in (*new, *old)}),
+        runs=[len(new), len(old)], bpb=bpb,
         mean_bpb=[statistics.fmean(values) for values in bpb],
         std_bpb=[mean_and_std(values)[1] for values in bpb],
+        same_tokenizer=share_tokenizer([*new, *old], kind),
         test_bpb=welch(bpb[0], bpb[1])._asdict(), test_nats=None, unit=None, more_seeds=None,
         settings=differing_settings(new, old))
     if nats:
@@ -137,6 +148,7 @@ def ruling(found: dict[str, Any]) -> str:
     p, more = found["test_nats"]["p_margin"], found["more_seeds"]
     if found["record"] is None:
         return f"n/a   {rule}: p is {shown_p(p)}"
+    rule += "" if found["same_tokenizer"] else " (converted: the tokenizers differ)"
     if found["record"]:
         return f"ok    {rule}: p = {p:.3g}"
     outlook = f"{more} more new runs would decide it" if more else \
@@ -144,9 +156,18 @@ def ruling(found: dict[str, Any]) -> str:
     return f"FAIL  {rule}: p = {p:.3g}; if means and spreads stay as they are, {outlook}"
 
 
+def score_words(found: dict[str, Any]) -> str:
+    """Return which score is compared, and where runs have another final one."""
+    others = [kind or "none" for kind in found["finals"] if kind != found["score"]]
+    return found["score"] + (f" (the last that all have; some end in {', '.join(others)})"
+                             if others else "")
+
+
 def report(found: dict[str, Any], names: Sequence[str], all_settings: bool) -> str:
     """Return the page."""
-    lines = [f"score: {found['score']}, bits per byte"]
+    lines = [f"score: {score_words(found)}, bits per byte"]
+    if found["same_tokenizer"] is False:
+        lines.append("the tokenizers differ: compared in bits per byte; nats are converted")
     for i, name in enumerate(names):
         std = found["std_bpb"][i]
         lines.append(f"  {name:12} mean {found['mean_bpb'][i]:.8f}  std "
@@ -171,14 +192,15 @@ def report(found: dict[str, Any], names: Sequence[str], all_settings: bool) -> s
 
 
 def run(args: argparse.Namespace) -> int:
-    new, old = ([read_run(path) for path in seed_logs(paths)]
-                for paths in (args.new, args.against))
+    (new, notes), (old, more) = read_group(args.new), read_group(args.against)
+    notes += more + [f"{run.path}: the same run as {other.path} of the other group"
+                     for run in old for other in new if same_run(run, other)]
     found = analyse(new, old)
     if args.json:
-        found["names"] = [names_of(new), names_of(old)]
-        print(json.dumps(found, indent=1))
+        print(json.dumps(dict(found, names=[names_of(new), names_of(old)], notes=notes), indent=1))
     else:
         print(report(found, args.names, args.all_settings))
+        print("\n".join(f"note: {note}" for note in notes), end="\n" * bool(notes))
     if args.figure:
         from figures import draw_comparison  # matplotlib starts slowly
         for path in draw_comparison(dict(zip(args.names, (new, old))), args.figure):

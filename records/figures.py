@@ -5,6 +5,7 @@ of colour vision tell apart; curves carry their names beside them instead of in 
 runs give the same bytes.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from logs import LogError, Run
+from logs import STAGE_ORDER, LogError, Run
 from summary import name_of, names_of, time_points
 
 # After Okabe and Ito, each dark enough for text on white; yellow and sky blue are not.
@@ -31,10 +32,12 @@ STYLE: dict[Any, Any] = {
 DPI, LABEL_POINTS, LONGEST_NAME = 160, 8.0, 26
 PANEL_INCHES = (3.6, 1.75)  # width, height of the framed area
 HEAD, LEFT, ABOVE, BELOW = 0.36, 0.62, 0.36, 0.46  # room on top; around each panel, inches
+EARLY = 0.05  # share of a run in which the loss falls so much that nothing else is seen
 MOST_POINTS = 300  # a longer curve is drawn as means of equal stretches
 MOST_NAMED = 7  # so many runs can be told apart by colour
 SCORE_NAMES = {"prequant": "EMA", "roundtrip": "packed", "prequant_sliding": "EMA, sliding",
-               "sliding": "packed, sliding", "ttt": "test-time training", "slot": "slot"}
+               "sliding": "packed, sliding", "ttt": "test-time training", "slot": "slot",
+               "ngram": "n-gram", "stream": "packed, stream", "other": "final"}
 
 
 class Curve(NamedTuple):
@@ -86,11 +89,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most MOST_POINTS points: means of equally many neighbours."""
+def thinned(points: Sequence[tuple]) -> list[tuple]:
+    """Return at most MOST_POINTS points: means of equally many neighbours, None where one is."""
     size = -(-len(points) // MOST_POINTS)
     parts = [points[i:i + size] for i in range(0, len(points), max(size, 1))]
-    return [(statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
+    return [tuple(None if None in values else statistics.fmean(values) for values in zip(*part))
             for part in parts]
 
 
@@ -116,7 +119,7 @@ def settled(curves: Sequence[Curve]) -> tuple[list[Curve], tuple[float, float]]:
 
     Everything is kept where a line would be left with one point, or marks with none.
     """
-    begin = 0.05 * max(curve.points[-1][0] for curve in curves)
+    begin = EARLY * max(curve.points[-1][0] for curve in curves)
     later = [[(x, y) for x, y in curve.points if x >= begin] for curve in curves]
     if any(len(points) < (1 if curve.marked else min(2, len(curve.points)))
            for points, curve in zip(later, curves)):
@@ -128,6 +131,12 @@ def settled(curves: Sequence[Curve]) -> tuple[list[Curve], tuple[float, float]]:
     shown = [curve._replace(points=points) if curve.marked else curve
              for curve, points in zip(curves, later)]
     return shown, (low - room, high + room)
+
+
+def is_curve(curve: Curve) -> bool:
+    """Return whether points show a course: one validation behind the first fall is none."""
+    last = max((x for x, _ in curve.points), default=0)
+    return sum(x >= EARLY * last for x, _ in curve.points) > 1
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
@@ -165,10 +174,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     label_ends(axes, panel.labels)
 
 
-def label_room(panels: Sequence[Panel]) -> float:
-    """Return the inches that the longest name needs beside a column of panels."""
+def label_room(panels: Sequence[Panel], least: int) -> float:
+    """Return the inches that the longest name, or so many digits, need beside panels."""
     names = [curve.name[:LONGEST_NAME] for panel in panels for curve in panel.labels]
-    return 0.35 + 0.62 * LABEL_POINTS / 72 * max(map(len, names), default=0)
+    return 0.35 + 0.62 * LABEL_POINTS / 72 * max([least, *map(len, names)])
 
 
 def draw_grid(panels: Sequence[Panel], title: str, footer: str = "",
@@ -178,7 +187,8 @@ def draw_grid(panels: Sequence[Panel], title: str, footer: str = "",
     strip_inches: height of one more, wide panel below, which is returned empty.
     """
     (width, height), columns = PANEL_INCHES, min(2, len(panels) or 2)
-    cells = [LEFT + width + label_room(panels[i::2]) for i in range(columns)]
+    digits = 7 if strip_inches else 0
+    cells = [LEFT + width + label_room(panels[i::2], digits) for i in range(columns)]
     wide_inches = sum(cells) - cells[-1] + width
     heights = [height] * -(-len(panels) // 2) + [strip_inches] * bool(strip_inches)
     foot = 0.2 if footer else 0.0
@@ -243,17 +253,32 @@ def coloured(groups: Mapping[str, Sequence[Run]]) -> list[tuple[Run, str, str]]:
     return found
 
 
+def draw_rows(axes: Axes, rows: Sequence[tuple[str, float, str]]) -> None:
+    """Draw one row per (name, score, colour): the name, a dot at the score, its digits."""
+    for i, (_, score, colour) in enumerate(rows):
+        axes.plot([score], [-i], "o", color=colour, markersize=5, clip_on=False)
+        axes.annotate(f"{score:.5f}", (1.01, -i), xycoords=axes.get_yaxis_transform(),
+                      va="center", fontsize=LABEL_POINTS, color=colour)
+    # names stand inside the panel's left edge, so that long ones need no room beside it
+    low, high = min(score for _, score, _ in rows), max(score for _, score, _ in rows)
+    axes.set_xlim(low - 0.35 * (high - low or 1e-3), high + 0.03 * (high - low or 1e-3))
+    axes.set_yticks([])
+    for i, (name, _, colour) in enumerate(rows):
+        axes.annotate(name[:LONGEST_NAME], (0.005, -i), xycoords=axes.get_yaxis_transform(),
+                      va="center", fontsize=LABEL_POINTS, color=colour,
+                      bbox=dict(facecolor="white", edgecolor="none", pad=1))
+        axes.axhline(-i, color="#DDDDDD", lw=0.6, zorder=0)
+    axes.set_ylim(0.4 - len(rows), 0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=2))
+
+
 def draw_scores(axes: Axes, groups: Mapping[str, Sequence[Run]], colours: Sequence[str],
                 kind: str) -> None:
-    """Draw one row per run: name, a dot at its score, the score; and a line at a group's mean."""
+    """Draw one row per run, and a line at a group's mean."""
     names = [f"{group} {name}" if len(groups) > 1 else name
              for group, runs in groups.items() for name in names_of(runs)]
     scores = [run.bpb(kind) or 0.0 for runs in groups.values() for run in runs]
-    rows = [-i for i in range(len(scores))]
-    for row, score, colour in zip(rows, scores, colours):
-        axes.plot([score], [row], "o", color=colour, markersize=5, clip_on=False)
-        axes.annotate(f"{score:.5f}", (1.01, row), xycoords=axes.get_yaxis_transform(),
-                      va="center", fontsize=LABEL_POINTS, color=colour)
+    draw_rows(axes, list(zip(names, scores, colours)))
     first = 0
     for runs in groups.values():
         end = first + len(runs)
@@ -262,18 +287,7 @@ def draw_scores(axes: Axes, groups: Mapping[str, Sequence[Run]], colours: Sequen
             axes.plot([mean, mean], [0.4 - first, 0.6 - end], lw=1, zorder=0,
                       color=colours[first] if len(groups) > 1 else RULE)
         first = end
-    # names stand inside the panel's left edge, so that long ones need no room beside it
-    low, high = min(scores), max(scores)
-    axes.set_xlim(low - 0.35 * (high - low or 1e-3), high + 0.03 * (high - low or 1e-3))
-    axes.set_yticks([])
-    for row, name, colour in zip(rows, names, colours):
-        axes.annotate(name[:LONGEST_NAME], (0.005, row), xycoords=axes.get_yaxis_transform(),
-                      va="center", fontsize=LABEL_POINTS, color=colour,
-                      bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        axes.axhline(row, color="#DDDDDD", lw=0.6, zorder=0)
-    axes.set_ylim(0.4 - len(rows), 0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(6, min_n_ticks=2))
-    remark = "; line: mean" if len(rows) > len(groups) else ""
+    remark = "; line: mean" if len(scores) > len(groups) else ""
     axes.set_title(f"final score of each run ({SCORE_NAMES[kind]}), bits per byte{remark}")
 
 
@@ -291,10 +305,10 @@ def draw_comparison(groups: Mapping[str, Sequence[Run]], path: Path,
             for y_name, (_, _, marked) in Y_AXES.items():
                 curves = [Curve(label, colour, points, marked) for run, colour, label in runs
                           if (points := series(run, x_name, y_name))]
-                if any(len(curve.points) > 1 for curve in curves):
+                if any(is_curve(curve) for curve in curves):
                     named = [curve for curve in curves if curve.name]
                     panels.append(Panel(y_name, x_name, curves, named))
-        kinds = [kind for kind in ("ttt", "sliding", "roundtrip")
+        kinds = [kind for kind in reversed(STAGE_ORDER)
                  if all(run.bpb(kind) is not None for run, _, _ in runs)]
         if not panels and not kinds:
             raise LogError(f"{runs[0][0].path}: nothing to draw: no losses by step, no scores")
@@ -314,16 +328,18 @@ def paces(run: Run) -> list[tuple[float, float]]:
     return thinned(found)
 
 
-def score_panel(run: Run, marks: Sequence[tuple[float, str]]) -> Panel | None:
+def score_curves(run: Run) -> list[Curve]:
     """Return validations by step, and the final scores where training ended."""
     points = series(run, "step", "validation, bits per byte")
+    if points and points[-1][0] < EARLY * (run.steps or 0):
+        points = []  # of a model that has not learnt yet
     curves = [Curve(f"live weights {points[-1][1]:.5f}", COLOURS[0], points, True)] if points \
         else []
     end = run.steps or (points[-1][0] if points else 0)
-    for kind, colour in zip(SCORE_NAMES, COLOURS[1:]):
+    for kind, colour in zip(SCORE_NAMES, itertools.cycle(COLOURS[1:])):
         if (bpb := run.bpb(kind)) is not None:
             curves.append(Curve(f"{SCORE_NAMES[kind]} {bpb:.5f}", colour, [(end, bpb)], True))
-    return Panel("bits per byte", "step", curves, curves, marks) if curves else None
+    return curves
 
 
 def run_panels(run: Run) -> tuple[list[Panel], list[str]]:
@@ -351,10 +367,10 @@ def run_panels(run: Run) -> tuple[list[Panel], list[str]]:
                                 blank if panels else marks, level, "time" in title))
         else:
             lacking.append(title.split(",")[0])
-    scores = score_panel(run, blank)
-    if scores:
-        panels.insert(1, scores)
-    return panels, lacking + ["scores"] * (scores is None)
+    scores = score_curves(run)
+    if any(map(is_curve, scores)):
+        panels.insert(1, Panel("bits per byte", "step", scores, scores, blank))
+    return panels, lacking + ["scores"] * (not scores)
 
 
 def draw_run(run: Run, path: Path) -> list[Path]:
@@ -363,12 +379,18 @@ def draw_run(run: Run, path: Path) -> list[Path]:
     Raises LogError when the log holds nothing to draw.
     """
     panels, lacking = run_panels(run)
-    if not panels:
+    scores = [] if any("bits" in panel.title for panel in panels) else score_curves(run)
+    if not panels and not scores:
         raise LogError(f"{run.path}: nothing to draw: no losses by step, no scores")
     footer = f"not in this log: {', '.join(lacking)}" if lacking else ""
     parts = [name_of(run), run.run_id or run.path.stem,
              f"{run.parameters:,} parameters" if run.parameters else "",
              f"{run.steps:,} steps" if run.steps else "", "" if run.complete else "INCOMPLETE LOG"]
     with matplotlib.rc_context(STYLE):
-        figure, _ = draw_grid(panels, " · ".join(filter(None, parts)), footer)
+        rows = 0.2 + 0.19 * len(scores) if scores else 0.0
+        figure, strip = draw_grid(panels, " · ".join(filter(None, parts)), footer, rows)
+        if strip:  # no course to draw: the scores as rows, not as dots in an empty panel
+            draw_rows(strip, [(curve.name.rpartition(" ")[0], curve.points[-1][1], curve.colour)
+                              for curve in scores])
+            strip.set_title("bits per byte")
         return save(figure, path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from logs import LogError
+from artifact import Artifact, open_artifact
 from product import script
 
 BAR_CHARACTERS, HISTOGRAM_ROWS = 50, 32
@@ -197,22 +197,24 @@ def report(stored: Sequence[Stored], whole_bytes: int, header: Mapping[str, Any]
     return "\n".join([head, "", *lines, *histograms])
 
 
+def stored_in(artifact: Artifact, weights_file: Path | None = None) -> list[Stored]:
+    """Return every stored weight of an artifact, compared with the weights beside it if there."""
+    header, config, originals = artifact.header, artifact.config, dict[str, Any]()
+    path = weights_file or artifact.path.with_name("final_model.weights")
+    if weights_file or path.is_file():
+        _, originals = script().read_tensors(path, "weights")
+    weights, codes = read_codes(header, artifact.tensors, config, artifact.path)
+    return look(codes, weights, originals, {entry[0]: entry[-1] for entry in header["tensors"]},
+                config)
+
+
 def run(args: argparse.Namespace) -> int:
-    if not args.artifact.is_file():
-        raise LogError(f"{args.artifact}: no such file; give a run's final_model.int6.ptz")
-    product, path = script(), args.weights or args.artifact.with_name("final_model.weights")
-    header, tensors = product.read_tensors(args.artifact, "artifact")
-    config = product.adopt(product.load_config({"STAGE": "evaluate"}), header, "evaluate",
-                           args.artifact)
-    originals: dict[str, Any] = {}
-    if args.weights or path.is_file():
-        _, originals = product.read_tensors(path, "weights")
-    weights, codes = read_codes(header, tensors, config, args.artifact)
-    sizes = {entry[0]: entry[-1] for entry in header["tensors"]}
-    stored, whole = look(codes, weights, originals, sizes, config), args.artifact.stat().st_size
+    artifact = open_artifact(args.artifact)
+    stored, whole = stored_in(artifact, args.weights), args.artifact.stat().st_size
     if args.json:
         rows = [dict(s._asdict(), bits=s.bits) for s in stored]
-        print(json.dumps(dict(bytes=whole, multiplier=header.get("multiplier"), tensors=rows)))
+        multiplier = artifact.header.get("multiplier")
+        print(json.dumps(dict(bytes=whole, multiplier=multiplier, tensors=rows)))
     else:
-        print(report(stored, whole, header))
+        print(report(stored, whole, artifact.header))
     return 0

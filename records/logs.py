@@ -8,23 +8,32 @@ nothing is guessed, and lines that contradict each other count as no statement a
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from log_forms import SCORE_KINDS, Event, LineReader
+from log_forms import DISPUTED, FINAL_KINDS, SCORES, Event, LineReader, score_form
 from product import script
 
 CAP_BYTES = 16_000_000
 MAX_LINE_BYTES, MAX_SOURCE_BYTES = 1 << 20, 4 << 20
 MAX_EVENTS = 120_000  # a run prints some ten thousand; what comes after so many is left out
-SCORES = ("prequant", "prequant_sliding", *SCORE_KINDS.values())
+STAGE_ORDER = ("roundtrip", "sliding", "ttt", "slot", "ngram")
+SCORE_KINDS = tuple(dict.fromkeys(form.kind for form in SCORES))
+NO_LOGS = ("requirements", "readme", "license")  # how text files begin that are no logs
+# How a last line looks that lost its end: like a statement of a log, without a full stop or unit.
+CUT = re.compile(rb"[A-Za-z0-9\[][\w ./+\[-]*[:=_](?!.*(?:[.!)\]}=]|\dm?s)\s*$)")
 RULER = b"=" * 100  # what published scripts print around their own source
-# Events of which a run has one; two that differ are a contradiction.
-SINGLE = {*SCORES, "settings", "data", "val_data", "val_counts", "parameters", "reserve", "weights",
-          "recurrence", "stopping_early", "peak_memory", "code_size", "collected", "artifact",
-          "total_size", "ledger", "result"}
+# Events of which a run has one; two that differ are a contradiction, unless they are of two names.
+SINGLE = {"settings", "data", "val_data", "val_counts", "parameters", "reserve", "weights",
+          "recurrence", "stopping_early", "peak_memory", "code_size", "code_packed", "collected",
+          "artifact", "total_size", "total_unnamed", "total_eval", "ledger", "result"}
+# What a run prints before its first step: behind an end it begins another run.
+FEW_STEPS = 10
+OPENINGS = {"settings", "data", "val_data", "parameters"}
+HEADS = {"source", "environment", "config"}
 
 
 class LogError(ValueError):
@@ -60,6 +69,8 @@ class Score(NamedTuple):
     eval_ms: float | None = None
     tokens: int | None = None
     bytes: int | None = None
+    name: str | None = None  # as the log calls it; None where it is the kind's own
+    digits: int | None = None  # decimals of bpb in the log; None: all
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class Run:
 
     path: Path
     form: str  # "events" or "text"
-    system: str  # "ours", "#1471 family", "#1392", "#1090", "baseline family" or "unknown"
+    system: str  # "ours" or "published"
     run_id: str | None = None
     seed: int | None = None
     config: dict[str, str] = field(default_factory=dict)
@@ -101,7 +112,8 @@ class Run:
     steps: int | None = None
     train_ms: float | None = None  # the steps alone
     calibration_seconds: float | None = None  # on training text only: it counts as training
-    scores: dict[str, Score] = field(default_factory=dict)
+    evaluation_seconds: float | None = None  # where the log states it as a whole
+    scores: dict[str, Score] = field(default_factory=dict)  # by kind, in the log's order
     sizes: Sizes = field(default_factory=Sizes)
     ledger: dict[str, float] | None = None
     peak_memory_mib: int | None = None
@@ -109,16 +121,17 @@ class Run:
     events: dict[str, Event] = field(default_factory=dict)  # the last of each kind, as logged
     complete: bool = False
     missing: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what makes its numbers doubtful
+    notes: list[str] = field(default_factory=list)
 
     def bpb(self, kind: str) -> float | None:
         return self.scores[kind].bpb if kind in self.scores else None
 
     @property
     def final(self) -> str | None:
-        """Name of the score that the run is submitted with, or None."""
-        found = [kind for kind in ("ttt", "sliding", "roundtrip") if self.bpb(kind) is not None]
-        return found[0] if found else None
+        """Kind of the score that the run is submitted with, its last stage's; or None."""
+        found = [kind for kind in self.scores if kind in FINAL_KINDS and self.bpb(kind) is not None]
+        return found[-1] if found else None
 
     @property
     def batch_tokens(self) -> int | None:
@@ -150,11 +163,16 @@ def whole(fields: Event | None, name: str) -> int | None:
     return int(value) if value is not None and value == int(value) else None
 
 
-def same(old: Any, new: Any) -> bool:
-    """Return whether two statements agree; losses are printed with 4 digits or with 8."""
+def same(old: Any, new: Any, digits: int | None = None) -> bool:
+    """Return whether two statements agree, fractions as far as both are printed.
+
+    digits: the fewer decimals of both; by default told from the numbers, as 4 or 8.
+    """
     if isinstance(old, float) and isinstance(new, float):
-        digits = min(len(repr(value).partition(".")[2]) for value in (old, new))
-        return abs(old - new) <= (5.1e-5 if digits <= 4 else 5.1e-9)
+        if digits is None:
+            shorter = min(len(repr(value).partition(".")[2]) for value in (old, new))
+            digits = 4 if shorter <= 4 else 8
+        return abs(old - new) <= 0.51 * 10.0 ** -digits
     return old == new
 
 
@@ -177,16 +195,35 @@ class Session:
     validations: dict[int, Event] = field(default_factory=dict)
     verdicts: dict[str, str] = field(default_factory=dict)
     contradictions: dict[str, str] = field(default_factory=dict)  # what -> both statements
+    has_head: bool = True  # begins with what a script prints first
 
     @property
     def began(self) -> bool:
         return bool(self.train or self.validations or {"artifact", "result"} & self.last.keys())
 
     @property
+    def ended(self) -> bool:
+        return bool({"stopping_early", "total_size", "result", *FINAL_KINDS} & self.last.keys())
+
+    @property
     def is_new_run(self) -> bool:
         """Whether this trains from its first step on, rather than going on with an earlier one."""
         return self.settings.get("stage") not in ("quantize", "evaluate") \
-            and "resumed" not in self.last
+            and "resumed" not in self.last and (self.has_head or bool(self.train))
+
+    def is_left_by(self, event: Event) -> bool:
+        """Return whether an event is another run's, or a later start's of the same run.
+
+        Of two runs that write into one file at once the slower is still warming up when the other
+        has made a few steps: that is no new start.
+        """
+        kind, first = event["event"], whole(event, "step") in (0, 1)
+        restart = kind in HEADS or kind == "warmup_step" and first or kind == "settings" and bool(
+            self.settings.keys() & event.keys() & {"seed", "world_size"})
+        opens = restart or kind in OPENINGS \
+            or kind in ("train", "val") and first and not self.contradictions
+        return kind in HEADS and self.began or opens and self.ended \
+            or restart and max(self.train, default=0) >= FEW_STEPS
 
     def continued_by(self, later: "Session") -> "Session":
         """Return this session with a later part of the same run behind it."""
@@ -203,18 +240,42 @@ class Session:
             self.add_point(self.train if kind == "train" else self.validations, event)
         elif kind == "verdict":
             self.verdicts[str(event.get("rule"))] = str(event.get("outcome"))
+        elif kind in SCORE_KINDS:
+            self.add_score(event)
         elif kind in ("settings", "config"):
             texts = {name: setting_text(value) for name, value in event.items() if name != "event"}
             self.merge("setting", self.settings, texts)
         elif kind in SINGLE and kind in self.last:
             old = self.last[kind]
-            labels = [str(e.get("name") or e.get("compressor") or "") for e in (old, event)]
-            if labels[0] == labels[1]:
+            if old.get("compressor") == event.get("compressor"):
                 self.merge(kind, old, event)
-            elif not labels[1].startswith("int8"):  # an older or secondary form beside another
+            else:  # of several packed models the last one counts
                 self.last[kind] = event
+        elif kind.endswith("_began"):
+            self.last.setdefault(kind, event)
         else:
             self.last[kind] = event
+
+    def add_score(self, event: Event) -> None:
+        """Take in a score as its form says; `last` keeps scores in the order of their stages."""
+        kind, form = event["event"], score_form(str(event.get("name") or ""))
+        old = self.last.get(kind)
+        ahead = [k for k in form.yields_to if k in self.last] if form else []
+        if any(agree(self.last[k], event) for k in ahead) or ahead and old \
+                and old.get("name") != event.get("name"):
+            return  # another stage's value under a wrong name
+        if old is None or old.get("name") != event.get("name") and not agree(old, event):
+            self.last.pop(kind, None)
+            self.last[kind] = event
+        elif agree(old, event):
+            finer = event if (event.get("digits") or 0) > (old.get("digits") or 0) else old
+            numbers: Event = {name: finer[name] for name in ("val_loss", "val_bpb", "digits")
+                       if name in finer}
+            old.update(dict(event, **dict(old, **numbers)))
+        else:
+            self.merge(kind, old, {name: v for name, v in event.items() if name != "digits"})
+        self.last.pop("crash", None)
+        self.last.pop(f"{kind}_began", None)
 
     def add_point(self, points: dict[int, Event], event: Event) -> None:
         step, name = whole(event, "step"), f"{event['event']}_loss"
@@ -235,6 +296,14 @@ class Session:
             else:
                 self.contradictions.setdefault(f"{what} {name}", f"{old[name]} and {value}")
                 old[name] = None
+
+
+def agree(a: Event, b: Event) -> bool:
+    """Return whether two scores are one, as far as both are printed."""
+    digits = [e["digits"] for e in (a, b) if e.get("digits")]
+    return all(isinstance(e.get("val_bpb"), float) for e in (a, b)) and all(
+        same(a[name], b[name], min(digits, default=8)) for name in ("val_loss", "val_bpb")
+        if name in a and name in b)
 
 
 class SourceText:
@@ -268,9 +337,8 @@ class Collector:
         self.warnings: list[str] = []
 
     def add(self, event: Event) -> None:
-        kind = event["event"]
-        if kind in ("source", "environment", "config", "warmup_step") and self.sessions[-1].began:
-            self.sessions.append(Session())
+        if self.sessions[-1].is_left_by(event):
+            self.sessions.append(Session(has_head=event["event"] in {*HEADS, "warmup_step"}))
             self.texts.is_open = True
         self.sessions[-1].add(event)
         self.texts.is_open &= not self.sessions[-1].train
@@ -294,6 +362,7 @@ class Collector:
         fill_identity(run, session)
         fill_series(run, session)
         fill_scores(run, session)
+        fill_end(run, session)
         if run.source_sha256 is None and run.sizes.code is not None:
             # a text as long as the logged code is that code; nothing less shows it to be whole
             run.source_sha256 = self.texts.found.get(run.sizes.code)
@@ -302,7 +371,6 @@ class Collector:
                          "mixed" for what, said in list(session.contradictions.items())[:5]]
         run.missing = missing_of(run)
         return run
-
 
 
 def fill_identity(run: Run, session: Session) -> None:
@@ -367,7 +435,7 @@ def fill_series(run: Run, session: Session) -> None:
             step, known(event, "val_loss"), known(event, "val_bpb"),
             times.get(step) if ms is None else ms, step * batch if batch else None))
     run.recurrence_step = whole(last.get("recurrence"), "step")
-    spent = known(last.get("collected"), "seconds")
+    spent = None if "collected_own" in last else known(last.get("collected"), "seconds")
     run.calibration_seconds = (run.ledger or {}).get("calibrate", spent)
 
 
@@ -380,38 +448,78 @@ def train_ms_of(event: Event, batch_tokens: int | None) -> float | None:
     if (seconds := known(event, "train_seconds")) is not None:
         return 1000 * seconds
     rate = known(event, "tokens_per_second")
-    if rate and batch_tokens:
+    if "train_time_ms" not in event and rate and batch_tokens:
         return 1000 * event["step"] * batch_tokens / rate
     return known(event, "train_time_ms")
 
 
 def fill_scores(run: Run, session: Session) -> None:
-    """Scores, sizes and whether the log reached its end."""
+    """Scores in the order of their stages, and what the final one took."""
     last = session.last
-    for kind in SCORES:
-        event, exact = last.get(kind), known(last.get("result"), f"{kind}_bpb")
-        if event and (bpb := known(event, "val_bpb")) is not None:
-            # the result line has all digits of what the score's own line rounds
-            bpb = exact if exact is not None and same(exact, float(bpb)) else bpb
-            run.scores[kind] = Score(known(event, "val_loss"), bpb,
-                                     known(event, "eval_ms"), whole(event, "tokens"),
-                                     whole(event, "bytes"))
+    for kind, event in last.items():
+        exact = known(last.get("result"), f"{kind}_bpb")
+        bpb = known(event, "val_bpb") if kind in SCORE_KINDS and kind != "aside" else None
+        if bpb is None:
+            continue
+        digits = whole(event, "digits")
+        if exact is not None and same(exact, float(bpb)):
+            bpb, digits = exact, None  # the result line has what the score's own line rounds
+        run.scores[kind] = Score(
+            known(event, "val_loss"), bpb, known(event, "eval_ms"), whole(event, "tokens"),
+            whole(event, "bytes"), event.get("name"), digits)
+    told = last.get("total_eval")
+    run.evaluation_seconds = (run.ledger or {}).get("evaluate", known(told, "seconds"))
+    if run.evaluation_seconds is None and (ms := known(told, "eval_ms")) is not None:
+        run.evaluation_seconds = ms / 1000
+    if run.final in DISPUTED:
+        run.notes.append(f"its final score is {run.scores[run.final].name}: whether this kind is "
+                         "legal is disputed")
+
+
+def fill_sizes(run: Run, session: Session) -> None:
+    """Bytes of artifact and code, and the total that is made of them.
+
+    Of a code size before and after compression the packed one counts. A total without a name is
+    that of the raw weights, unless it is the sum of artifact and code.
+    """
+    artifact, code, packed, total, unnamed = (
+        whole(session.last.get(kind), "bytes") for kind in
+        ("artifact", "code_size", "code_packed", "total_size", "total_unnamed"))
+    code = code if packed is None else packed
+    made = None if artifact is None or code is None else artifact + code
+    if total is None and unnamed == made:
+        total = made
     cap = run.config.get("artifact_max_bytes", "" if run.system == "ours" else str(CAP_BYTES))
-    run.sizes = Sizes(whole(last.get("artifact"), "bytes"), whole(last.get("code_size"), "bytes"),
-                      whole(last.get("total_size"), "bytes"),
-                      int(cap) if cap.isdigit() else None)
-    artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
-    if artifact is not None and code is not None and total not in (None, artifact + code):
+    run.sizes = Sizes(artifact, code, total, int(cap) if cap.isdigit() else None)
+    if made is not None and total not in (None, made):
         run.warnings.append(f"total of {total} bytes is not artifact {artifact} + code {code}")
-    stopped = {"failed", "interrupted"} & last.keys()
+
+
+def fill_end(run: Run, session: Session) -> None:
+    """Whether the log reached its run's own end.
+
+    Ours end in a result; published ones in a score of the packed model, unless the log says that
+    another was to come: by a setting, or by a stage that began and gave none.
+    """
+    last = session.last
+    fill_sizes(run, session)
     if "failed" in last:
         run.warnings.append(f"the run failed: {last['failed'].get('error')}")
-    # ours ends in a result; published ones in the score of the packed model, after its size
-    ends = "result" in last if run.system == "ours" else run.sizes.total is not None
-    wanted = "roundtrip" if run.config.get("sliding_window_enabled") == "0" or \
-        run.system in ("#1090", "baseline family") else "sliding"
-    run.complete = ends and not stopped and (run.system == "ours" or
-                                                      run.bpb(wanted) is not None)
+    if "crash" in last:
+        run.warnings.append("the run ended in a Python error (a traceback behind its last score)")
+    if "cut" in last:
+        run.warnings.append("the log ends in the middle of a line")
+    stopped = {"failed", "interrupted", "crash", "cut"} & last.keys()
+    wanted = {kind.removesuffix("_began") for kind in last if kind.endswith("_began")}
+    settings = {"sliding": "sliding_window_enabled", "ttt": "ttt_enabled"}
+    wanted |= {kind for kind, name in settings.items() if run.config.get(name) == "1"}
+    final = run.final and score_form(run.scores[run.final].name or "")
+    done = STAGE_ORDER.index(run.final) if run.final in STAGE_ORDER else len(STAGE_ORDER)
+    waiting = [kind for kind in wanted - set(run.scores) if STAGE_ORDER.index(kind) > done]
+    if waiting and final:
+        run.notes.append(f"a {' and a '.join(sorted(waiting))} score was to come")
+    run.complete = not stopped and ("result" in last if run.system == "ours" else
+                                    bool(final and final.packed) and not waiting)
 
 
 def missing_of(run: Run) -> list[str]:
@@ -424,6 +532,7 @@ def missing_of(run: Run) -> list[str]:
         "training steps": run.steps, "training time": run.train_ms, "loss by step": run.train,
         "validations": run.validations, "pre-quantisation score": run.bpb("prequant"),
         "round-trip score": run.bpb("roundtrip"), "sliding score": run.bpb("sliding"),
+        "final score": run.final if run.complete else None,
         "artifact bytes": run.sizes.artifact, "code bytes": run.sizes.code,
         "total bytes": run.sizes.total, "peak memory": run.peak_memory_mib,
         "time ledger": run.ledger}
@@ -475,9 +584,10 @@ def read_events(path: Path) -> Run:
 def read_text(path: Path) -> Run:
     """Read a text log, published or ours."""
     collector, reader = Collector(), LineReader()
-    heads, texts = reader.heads, collector.texts
+    texts, is_plain = collector.texts, reader.is_plain
     for reader.line_number, raw in enumerate(plain_lines(path), 1):
-        if raw[:2] not in heads and not reader.in_settings or len(raw) > MAX_LINE_BYTES:
+        event = None
+        if is_plain(raw) or len(raw) > MAX_LINE_BYTES:
             if texts.is_open:
                 texts.feed(raw)
             continue
@@ -492,29 +602,61 @@ def read_text(path: Path) -> Run:
             collector.warnings.append(f"only {MAX_EVENTS:,} lines of a training run were read, up "
                                       f"to line {reader.line_number:,}")
             break
-    if not reader.seen:
+    if not raw.endswith(b"\n") and event is None and CUT.match(raw):
+        collector.add({"event": "cut"})
+    if not reader.understood:
         raise LogError(f"{path}: none of its {reader.line_number} lines is one that a training "
                        "run prints; give a .txt or .log file, an events.jsonl, or a run's folder")
-    if reader.spoilt:
-        collector.warnings.append(f"{reader.spoilt} damaged lines left out (the first is line "
-                                  f"{reader.first_spoilt}): truncated or interleaved writing")
+    collector.warnings += remarks_of(reader)
+    return collector.run(path, "text", "ours" if reader.is_ours else "published")
+
+
+def remarks_of(reader: LineReader) -> list[str]:
+    """Return what a reader should know of the lines that gave no event."""
+    found = [(reader.spoilt, "damaged lines left out: truncated or interleaved writing"),
+             (reader.unread, "lines seem to matter and are in no known form")]
+    texts = [f"{len(lines)} {what} (the first is line {lines[0][0]}: {lines[0][1]})"
+             for lines, what in found if lines]
     if reader.foreign_ranks:
-        collector.warnings.append(f"{reader.foreign_ranks} lines of ranks other than 0 left out")
-    return collector.run(path, "text", reader.system)
+        texts.append(f"{reader.foreign_ranks} lines of ranks other than 0 left out")
+    return texts
+
+
+def logs_in(folder: Path) -> list[Path]:
+    """Return a folder's logs: its events.jsonl, else its logs, else those of logs/ in it."""
+    if (events := folder / "events.jsonl").is_file():
+        return [events]
+    for place in (folder, folder / "logs"):
+        for pattern in ("*.log", "*.txt"):
+            if found := sorted(file for file in place.glob(pattern)
+                               if not file.name.lower().startswith(NO_LOGS)):
+                return found
+    return []
+
+
+def find_logs(path: Path) -> list[Path]:
+    """Return the logs that `path` names: itself, those in it, or those in each folder in it.
+
+    Raises LogError where there is none.
+    """
+    if not path.exists():
+        raise LogError(f"{path}: no such file; give a log, an events.jsonl or a run's folder")
+    if not path.is_dir():
+        return [path]
+    found = logs_in(path) or [log for folder in sorted(path.iterdir()) if folder.is_dir()
+                              for log in logs_in(folder)]
+    if not found:
+        raise LogError(f"{path}: no events.jsonl, .log or .txt in it, its logs/ or the folders in "
+                       "it; give a log or a run's folder")
+    return found
 
 
 def find_log(path: Path) -> Path:
-    """Return the log that `path` names: itself, or the one inside a run's folder."""
-    if not path.is_dir():
-        if not path.exists():
-            raise LogError(f"{path}: no such file; give a log, an events.jsonl or a run's folder")
-        return path
-    if (events := path / "events.jsonl").is_file():
-        return events
-    found = sorted([*path.glob("*.log"), *path.glob("*.txt")])
+    """Return the one log that `path` names."""
+    found = find_logs(path)
     if len(found) != 1:
-        names = ", ".join(file.name for file in found[:4]) or "none"
-        raise LogError(f"{path}: a run's folder holds events.jsonl or one log; here: {names}")
+        names = ", ".join(file.name for file in found[:4])
+        raise LogError(f"{path}: holds {len(found)} logs ({names}...); give one of them")
     return found[0]
 
 

@@ -81,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "records",
                         help="where the track's folder is (default: records/)")
     parser.add_argument("--no-figure", action="store_true")
+    parser.add_argument("--report", action="store_true",
+                        help="add report.html, the page that records.py report makes")
 
 
 def find_source(path: Path) -> Source:
@@ -242,6 +244,9 @@ def write(folder: Path, args: argparse.Namespace, sources: Sequence[Source], dat
     text = readme(data, runs[0], base, extra, figure)
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "submission.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if args.report:
+        from report import write_page
+        write_page({"runs": runs}, folder / "report.html", args.name.replace("_", " "))
 
 
 def run(args: argparse.Namespace) -> int:

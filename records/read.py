@@ -1,19 +1,31 @@
 """Print one table of runs: speed, scores, bytes, times, and a verdict per rule.
 
-LOG is a text log (ours or a published one), an events.jsonl, a run's folder, or a folder with one
-log per seed. A number that a log does not state is shown as "-" and named below the table.
+LOG is a text log (ours or a published one), an events.jsonl, a run's folder, or a folder with
+several logs or runs. A number that a log does not state is shown as "-" and named below the table;
+a run that was given twice counts once. Exit code 2 when a log could not be read.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from logs import Run, find_log, read_run
-from summary import MEASURES, mean_and_std, measures, names_of, training_seconds, verdicts
+from logs import LogError, Run, find_logs, read_run
+from summary import (
+    MEASURES,
+    decimals_of,
+    mean_and_std,
+    measures,
+    names_of,
+    training_seconds,
+    verdicts,
+)
 
 MARKS = {"pass": "ok  ", "fail": "FAIL", "n/a": "n/a "}
+SAME_LOSS, SAME_TIME = 5.1e-5, 5e-3  # of two logs of one run: nats or bpb; share of the time
+FINAL_TITLE = "final score is of"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,35 +33,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
-def seed_logs(paths: Sequence[Path]) -> list[Path]:
-    """Return the logs that paths name; a folder with several logs stands for all of them."""
-    found: list[Path] = []
+def read_all(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[str]]:
+    """Return the runs of all logs that paths name, notes on what was dropped, and errors."""
+    runs, notes, errors = list[Run](), list[str](), list[str]()
+    known: dict[tuple, list[Run]] = {}
     for path in paths:
-        several = sorted(path.glob("*.log")) if path.is_dir() else []
-        found += several if len(several) > 1 else [find_log(path)]
-    return found
+        try:
+            found = find_logs(path)
+        except LogError as error:
+            errors.append(str(error))
+            continue
+        for log in found:
+            try:
+                run = read_run(log)
+            except LogError as error:
+                errors.append(str(error))
+                continue
+            alike = known.setdefault((run.seed, run.steps, run.sizes), [])
+            if first := next((other for other in alike if same_run(run, other)), None):
+                notes.append(f"{log}: the same run as {first.path}; dropped")
+            else:
+                runs.append(run)
+                alike.append(run)
+    return runs, notes, errors
 
 
-def shown(value: float | None, form: str) -> str:
-    """Return a number as the table prints it; whole-number forms round a mean."""
+def read_group(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Return the runs of all logs that paths name, and notes; raises LogError on any error."""
+    runs, notes, errors = read_all(paths)
+    if errors:
+        raise LogError(errors[0])
+    return runs, notes
+
+
+def same_run(a: Run, b: Run) -> bool:
+    """Return whether two logs are of one run: by its losses and its clock.
+
+    Text logs round what events state in full: losses to four digits, times to three or more.
+    """
+    if (a.seed, a.steps, a.sizes, a.scores.keys()) != (b.seed, b.steps, b.sizes, b.scores.keys()):
+        return False
+    points = {point.step: point for point in b.train}
+    pairs = [(point, points[point.step]) for point in a.train if point.step in points]
+    last = [pair[-1:] for pair in (a.train, b.train)]
+    losses = [(x.train_loss, y.train_loss) for x, y in pairs]
+    losses += [(score.bpb, b.scores[kind].bpb) for kind, score in a.scores.items()]
+    times = [(x.train_ms, y.train_ms) for x, y in pairs[-1:]] + [(a.train_ms, b.train_ms)]
+    known = [(x, y) for x, y in losses if x is not None and y is not None]
+    return bool(known) and [p[0].step for p in last if p] == [p[0].step for p in last[::-1] if p] \
+        and all(abs(x - y) < SAME_LOSS for x, y in known) \
+        and all(abs(x - y) <= SAME_TIME * y for x, y in times if x is not None and y is not None)
+
+
+def shown(value: float | None, form: str, decimals: int | None = None) -> str:
+    """Return a number as the table prints it; whole-number forms round a mean.
+
+    decimals: how many a log gives, where they are fewer than the form's.
+    """
     if value is None:
         return "-"
-    return format(round(value) if form.endswith("d") else value, form)
+    if decimals is not None and form.endswith(".8f"):
+        form = form.replace("8", str(min(8, decimals)))
+    text = format(round(value) if form.endswith("d") else value, form)
+    return text.lstrip("-") if set(text) <= set("-0.,") else text  # no "-0.0"
 
 
-def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and columns of cells: the measures' names, each run, mean and std."""
+def rows_of(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Return those of MEASURES that a run states."""
     values = [measures(run) for run in runs]
-    rows = [row for row in MEASURES if any(v[row[0]] is not None for v in values)]
-    titles, columns = [""], [[title for _, title, _ in rows]]
-    for name, value in zip(names_of(runs), values):
+    return [row for row in MEASURES if any(v[row[0]] is not None for v in values)]
+
+
+def columns_of(runs: Sequence[Run], rows: Sequence[tuple[str, str, str]]
+               ) -> tuple[list[str], list[list[str]]]:
+    """Return titles and columns of cells: the measures' names, each run, mean and std."""
+    values, decimals = [measures(run) for run in runs], [decimals_of(run) for run in runs]
+    titles, columns = [""], [[FINAL_TITLE, *(title for _, title, _ in rows)]]
+    for name, run, value, digits in zip(names_of(runs), runs, values, decimals):
         titles.append(name)
-        columns.append([shown(value[key], form) for key, _, form in rows])
+        columns.append([run.final or "-", *(shown(value[key], form, digits.get(key))
+                                         for key, _, form in rows)])
     if len(runs) > 1:
         both = [mean_and_std([value[key] for value in values]) for key, _, _ in rows]
+        most = [max(digits.get(key, 8) for digits in decimals) for key, _, _ in rows]
         for title, part in (("mean", 0), ("std", 1)):
             titles.append(title)
-            columns.append([shown(pair[part], row[2].lstrip("+")) for pair, row in zip(both, rows)])
+            columns.append(["", *(shown(pair[part], form.lstrip("+"), digits) for pair, digits,
+                                  (_, _, form) in zip(both, most, rows))])
     return titles, columns
 
 
@@ -78,21 +148,30 @@ def ledger_line(run: Run) -> str:
     return ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in spent if seconds >= 0.05)
 
 
+def final_name(run: Run) -> str | None:
+    """Return what the log itself calls its final score, else its kind."""
+    return run.scores[run.final].name or run.final if run.final else None
+
+
 def remarks(runs: Sequence[Run]) -> list[str]:
     """Return what a reader must know besides the numbers: time ledgers, gaps, contradictions."""
     lines = []
     for name, run in zip(names_of(runs), runs):
-        lines.append(f"{name}: {run.path} ({run.system}{'' if run.complete else ', INCOMPLETE'})")
+        state = f"final score: {final_name(run)}" if run.complete else "INCOMPLETE"
+        lines.append(f"{name}: {run.path} ({run.system}; {state})")
         lines += [f"  time: {ledger_line(run)}"] if run.ledger else []
         lines += [f"  not in this log: {', '.join(run.missing)}"] if run.missing else []
+        lines += [f"  note: {text}" for text in run.notes]
         lines += [f"  warning: {text}" for text in run.warnings]
     return lines
 
 
-def report(runs: Sequence[Run], width: int) -> str:
+def report(runs: Sequence[Run], width: int, notes: Sequence[str] = ()) -> str:
     """Return the whole page."""
     rules = [f"{MARKS[v.outcome]}  {v.rule}: {v.reason}" for v in verdicts(runs)]
-    return "\n".join([table(*columns_of(runs), width), "", *rules, "", *remarks(runs)])
+    cells = columns_of(runs, rows_of(runs))
+    return "\n".join([table(*cells, width), "", *rules, "", *remarks(runs),
+                      *(f"note: {note}" for note in notes)])
 
 
 def as_json(runs: Sequence[Run]) -> dict:
@@ -103,8 +182,9 @@ def as_json(runs: Sequence[Run]) -> dict:
         runs=[dict(value, name=name, path=str(run.path), system=run.system, seed=run.seed,
                    training_seconds=training_seconds(run), ledger_seconds=run.ledger,
                    source_sha256=run.source_sha256, data=run.data, environment=run.environment,
-                   config=run.config, complete=run.complete, missing=run.missing,
-                   warnings=run.warnings)
+                   config=run.config, complete=run.complete, final=run.final,
+                   final_name=final_name(run), missing=run.missing, warnings=run.warnings,
+                   notes=run.notes)
               for name, run, value in zip(names_of(runs), runs, values)],
         mean={key: pair[0] for key, pair in pairs.items()},
         std={key: pair[1] for key, pair in pairs.items()},
@@ -112,9 +192,11 @@ def as_json(runs: Sequence[Run]) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    runs = [read_run(path) for path in seed_logs(args.logs)]
-    if args.json:
-        print(json.dumps(as_json(runs), indent=1))
-    else:
-        print(report(runs, shutil.get_terminal_size((100, 24)).columns))
-    return 0
+    runs, notes, errors = read_all(args.logs)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if runs and args.json:
+        print(json.dumps(dict(as_json(runs), notes=notes, errors=errors), indent=1))
+    elif runs:
+        print(report(runs, shutil.get_terminal_size((100, 24)).columns, notes))
+    return 2 if errors else 0

@@ -8,6 +8,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 # Each command is a module with add_arguments(parser), run(args) -> exit code and, where argparse
@@ -16,10 +17,14 @@ COMMANDS = {
     "read": ("read", "a table of runs: speed, scores, bytes, time, a verdict per rule"),
     "compare": ("compare", "two groups of runs: difference, significance, settings, figure"),
     "plot": ("plot", "a run's training in one figure"),
+    "watch": ("watch", "show a running run on the terminal until it ends"),
+    "report": ("report", "a page to send: one HTML file with curves, tables and samples"),
     "script": ("script", "make the submission form of train_gpt.py"),
     "pack": ("pack", "make a submission folder from seed logs"),
     "check": ("check", "judge a submission folder rule by rule"),
     "inspect": ("inspect_artifact", "look into a packed artifact"),
+    "sample": ("sample", "show what a packed model writes"),
+    "export": ("export", "write a packed model as safetensors"),
 }
 
 
@@ -41,10 +46,27 @@ def main(argv: list[str]) -> int:
     arguments = getattr(command, "rewrite", list)(argv[1:])
     try:
         return command.run(parser.parse_args(arguments))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def on_terminal(argv: list[str]) -> int:
+    """Run a command as a shell starts it: any encoding will do, and a reader may leave early."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head`: what is left has no reader, nor has Python's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(on_terminal(sys.argv[1:]))

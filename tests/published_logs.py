@@ -189,6 +189,100 @@ def system_1090(facts, whole=True):
         f"final_ttt val_loss:{loss:.4f} val_bpb:{bpb:.4f} docs:50000 eval_time:900000ms"]
 
 
+def baseline(facts):
+    """Lines of the challenge's own baseline: one packed model, scored over whole windows."""
+    ms = facts.ms(facts.steps)
+    return [
+        "logs/run.txt", "val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./x.model",
+        "train_loader:dataset:fineweb10B_sp1024 train_shards:25",
+        "val_loader:shards pattern=./fineweb_val_*.bin tokens:62021632", "model_params:17059912",
+        "world_size:8 grad_accum_steps:1", "attention_mode:gqa num_heads:8 num_kv_heads:4",
+        "tie_embeddings:True embed_lr:0.05 head_lr:0.0 matrix_lr:0.04 scalar_lr:0.04",
+        f"train_batch_tokens:{BATCH_TOKENS} train_seq_len:1024 iterations:20000 warmup_steps:20 "
+        "max_wallclock_seconds:600.000", f"seed:{facts.seed}",
+        *(f"warmup_step:{i}/20" for i in range(1, 21)), *step_lines(facts, 20000)[:-3],
+        f"step:{facts.steps}/20000 val_loss:2.0727 val_bpb:1.2276 train_time:{ms:.0f}ms "
+        f"step_avg:{ms / facts.steps:.2f}ms",
+        f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{facts.steps}/20000",
+        "peak memory allocated: 10184 MiB reserved: 10588 MiB", "Serialized model: 67224983 bytes",
+        f"Code size: {facts.code} bytes", f"Total submission size: {67224983 + facts.code} bytes",
+        f"Serialized model int8+zlib: {facts.artifact} bytes (payload:17178912 raw_torch:17224025 "
+        "payload_ratio:3.91x)", f"Total submission size int8+zlib: {facts.total} bytes",
+        *both_forms(facts, "int8_zlib_roundtrip", facts.sliding, "eval_time:1401ms")]
+
+
+def legal_ttt(facts):
+    """Lines of the systems that adapt after scoring, chunk by chunk, on the packed model."""
+    sliding, (loss, bpb) = facts.sliding + 0.002, facts.score(facts.sliding)
+    return [
+        "train_loader:dataset:fineweb10B_sp1024 train_shards:80",
+        "val_loader:shards pattern=./fineweb_val_*.bin tokens:62021632", "model_params:26993756",
+        "world_size:8 grad_accum_steps:1",
+        f"train_batch_tokens:{BATCH_TOKENS} train_seq_len:2048 iterations:9000 warmup_steps:20 "
+        "max_wallclock_seconds:600.000", f"seed:{facts.seed}",
+        *(f"warmup_step:{i}/20" for i in range(1, 21)), *step_lines(facts, 9000),
+        "swa:start step:4400", "late_qat:enabled step:4500 scale:0.1499",
+        "ema:applying EMA weights",
+        f"DIAGNOSTIC post_ema {tail(facts, facts.prequant, 2100)}",
+        "Serialized model: 106158518 bytes", f"Code size: {facts.code} bytes",
+        f"Serialized model int6+lzma: {facts.artifact} bytes",
+        f"Total submission size int6+lzma: {facts.total} bytes",
+        *both_forms(facts, "int6_roundtrip", facts.roundtrip, "eval_time:6012ms"),
+        *both_forms(facts, "int6_sliding_window", sliding, "stride:64 eval_time:74321ms"),
+        both_forms(facts, "int8_zlib_roundtrip", sliding, "")[1],
+        "ttt_sliding:start chunks=1893 chunk_tokens=32768 total_windows=969088 stride=64 "
+        "ttt_lr=0.002 ttt_epochs=3 freeze_blocks=0",
+        "ttt_sliding:params unfrozen=26993756 frozen=0",
+        "  ttt_chunk [1/1893] bpb=1.158345 time=0.5s", "  ttt_chunk [11/1893] bpb=1.145 time=2.7s",
+        f"ttt_sliding:done val_loss={loss:.6f} val_bpb={bpb:.6f} elapsed=403.4s",
+        f"legal_ttt val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:403901ms",
+        f"legal_ttt_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"]
+
+
+def phased_ttt(facts):
+    """Lines of the systems with looped layers, a compressed script and phases of adaptation."""
+    settings = dict(ema_decay=0.9965, iterations=20000, max_wallclock_seconds=600.0,
+                    phased_ttt_enabled=True, seed=facts.seed, sliding_window_enabled=False,
+                    train_batch_tokens=BATCH_TOKENS, ttt_enabled=True)
+    lines = ["Hyperparameters:", *(f"  {k}: {v}" for k, v in sorted(settings.items())),
+             "train_shards: 128", "val_tokens: 40540160", "model_params:35945671",
+             "gptq:reserving 12s, effective=588000ms",
+             *(f"warmup_step: {i}/20" for i in range(1, 21)),
+             *(f"loop_warmup_step: {i}/20" for i in (1, 2, 3, 20)),
+             "0/20000 val_loss: 9.0047 val_bpb: 3.4859"]
+    for step in logged_steps(facts, 5, 500):
+        ms = facts.ms(step)
+        lines.append(f"{step}/20000 train_loss: {facts.loss(step):.4f} train_time: "
+                     f"{ms / 60000:.1f}m tok/s: {step * BATCH_TOKENS / ms * 1000:.0f}")
+        if step == facts.switch:
+            lines.append(f"layer_loop:enabled step:{step} frac:0.350 encoder:[0, 1, 2, 3, 4, 5, 3, "
+                         "4] decoder:[5, 3, 4, 5, 6, 7, 8, 9, 10]")
+    return lines + [
+        f"{facts.steps}/20000 val_loss: 2.7800 val_bpb: 1.0770",
+        f"stopping_early: wallclock_cap train_time: {facts.ms(facts.steps):.0f}ms "
+        f"step: {facts.steps}/20000",
+        "peak memory allocated: 41707 MiB reserved: 47048 MiB", "ema:applying EMA weights",
+        "diagnostic pre-quantization post-ema " + tail(facts, facts.prequant, 8110),
+        "Serialized model: 135417533 bytes", "Code size (uncompressed): 131,887 bytes",
+        f"Code size (compressed): {facts.code:,} bytes",
+        "GPTQ:collecting Hessians from calibration data...", "GPTQ:collected 67 Hessians in 3.5s",
+        "Quantized weights:", "  gptq (int6)+lqer_asym: blocks.mlp.fc.weight",
+        f"Serialized model quantized+brotli: {facts.artifact} bytes",
+        f"Total submission size quantized+brotli: {facts.total} bytes",
+        "diagnostic quantized " + tail(facts, facts.roundtrip, 10412),
+        "ttt_lora:warming up compile", "ttt_lora:compile warmup done (112.5s)",
+        "beginning TTT eval timer", "ttt_phased: total_docs:50000 prefix_docs:2000 "
+        "suffix_docs:48000 num_phases:3 boundaries:[666, 1333, 2000]",
+        "ttp: b769/782 bl:2.3084 bb:1.0815 rl:2.3084 rb:1.0815 dl:7190-8497 gd:0",
+        "ttpp: phase:1/3 pd:1104 gd:666 t:222.9s", "tttg: c1/111 lr:0.001000 t:0.3s",
+        "ttpr: phase:1/3 t:224.0s", "quantized_ttt_phased " + tail(facts, facts.sliding, 455123),
+        "total_eval_time:471.3s"]
+
+
+FAMILIES = dict(baseline=baseline, family_1471=family_1471, system_1392=system_1392,
+                system_1090=system_1090, legal_ttt=legal_ttt, phased_ttt=phased_ttt)
+
+
 def write(path, lines):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

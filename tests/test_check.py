@@ -12,6 +12,7 @@ pytest.importorskip("jsonschema")
 import check  # noqa: E402
 import imports  # noqa: E402
 import script  # noqa: E402
+from published_logs import Facts, legal_ttt, phased_ttt, write  # noqa: E402
 from record_toys import copy_record, edit, made_record  # noqa: E402
 from test_pack import seeds  # noqa: E402, F401
 
@@ -230,3 +231,87 @@ def test_what_is_no_folder_is_one_line(tmp_path, capsys):
 def test_newer_pythons_fstrings_are_seen_by_newer_pythons():
     text = "x = f'{a['b']}'"
     assert bool(imports.fstring_faults(text.encode())) == (sys.version_info >= (3, 12))
+
+
+# -- folders of others -----------------------------------------------------------------------------
+
+def others_record(folder, track="10min_16mb", build=phased_ttt, **changes):
+    """Write a record as others publish them: three seeds, the usual keys, nothing of ours."""
+    record = folder / f"track_{track}" / "2026-04-14_SP8192_Loop1.5"
+    record.mkdir(parents=True)
+    code = b"import torch\n"
+    scores = {seed: 1.0612 + i / 1e4 for i, seed in enumerate((42, 314, 999))}
+    for seed, score in scores.items():
+        write(record / f"train_seed{seed}.log",
+              build(Facts(seed=seed, sliding=score, steps=4630, code=len(code))))
+    (record / "train_gpt.py").write_bytes(code)
+    (record / "README.md").write_text("# Loop 1.5\n", encoding="utf-8")
+    stated = dict(author="A", github_id="a", name="Loop 1.5", date="2026-04-14T08:00:00Z",
+                  track=track, val_bpb=1.0613, val_bpb_std=0.0001, bytes_total=15_898_194,
+                  hardware="8xH100 80GB SXM", seeds=[42, 314, 999])
+    (record / "submission.json").write_text(json.dumps({**stated, **changes}))
+    return record
+
+
+def test_of_another_folder_facts_are_judged_and_the_rest_is_not_applicable(tmp_path, capsys):
+    record = others_record(tmp_path)
+    found = verdicts(record)
+    assert {rule for rule, v in found.items() if v.outcome == "fail"} == set()
+    passed = {rule for rule, v in found.items() if v.outcome == "pass"}
+    assert passed >= {"submission.json = logs", "code + artifact <= 16,000,000 bytes",
+                      "training + calibration <= 600 s", "evaluation <= 600 s",
+                      "every seed complete", "3 seeds or more", "sizes", "folder name", "files"}
+    assert found["8 x H100"].outcome == found["script made the logs"].outcome == "n/a"
+    assert "8xH100 80GB SXM" in found["8 x H100"].reason
+    assert found["submission.json"].outcome == found["legality statement"].outcome == "n/a"
+    assert records.main(["check", str(record)]) == 0
+    page = capsys.readouterr().out
+    assert page.splitlines()[1].split()[1:4] == ["submission.json", "=", "logs"]  # facts first
+    assert " more)" not in page
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(val_bpb=1.0612),
+     "val_bpb is 1.0612, the mean by the logs is 1.0613 (it is the smallest)"),
+    (dict(val_bpb=1.07), "val_bpb is 1.07, the mean"),
+    (dict(bytes_total=15_898_193), "bytes_total is 15898193, the largest"),
+    (dict(val_bpb_std=0.01), "val_bpb_std is 0.01")])
+def test_a_claim_that_the_logs_do_not_give_fails_by_name(changes, said, tmp_path):
+    found = verdicts(others_record(tmp_path, **changes))
+    fails = {rule: v.reason for rule, v in found.items() if v.outcome == "fail"}
+    assert list(fails) == ["submission.json = logs"] and said in fails["submission.json = logs"]
+
+
+def test_both_ways_of_counting_code_are_named(tmp_path):
+    record = others_record(tmp_path)
+    (record / "train_gpt.py").write_bytes(b"import torch\n" + b"#" * 150_000)
+    found = verdicts(record)
+    cap = found["code + artifact <= 16,000,000 bytes"]
+    assert cap.outcome == "n/a" and "as logged" in cap.reason and "as it lies here" in cap.reason
+    assert "13 bytes by the logs, 150,013 as train_gpt.py" in found["sizes"].reason
+
+
+def test_logs_under_other_names_and_without_an_end_are_read_for_what_they_are(tmp_path):
+    record = others_record(tmp_path, build=legal_ttt)
+    (record / "logs").mkdir()
+    for path in record.glob("train_seed*.log"):
+        path.rename(record / "logs" / path.name.replace("train_", "run_"))
+    assert verdicts(record)["3 seeds or more"].outcome == "pass"
+    path = record / "logs" / "run_seed42.log"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-4]) + "\n")
+    found = verdicts(record)
+    assert found["submission.json = logs"].outcome == "n/a"
+    assert found["every seed complete"].outcome == "fail"
+    for path in (record / "logs").iterdir():
+        path.unlink()
+    assert verdicts(record)["all that logs show"].outcome == "n/a"
+
+
+def test_every_fault_is_told(timed_record):
+    data = json.loads((timed_record / "submission.json").read_text())
+    for result in data["seed_results"].values():
+        result.update({name: -1 for name in result})
+    (timed_record / "submission.json").write_text(json.dumps(data))
+    reason = verdicts(timed_record)["submission.json = logs"].reason
+    assert reason.count("\n") + 1 == 3 * len(next(iter(data["seed_results"].values())))

@@ -100,6 +100,27 @@ def test_the_figure_of_our_own_run_has_all_panels(norm, tiny_run, tmp_path, draw
     check(drawn[0])
 
 
+@pytest.mark.parametrize("kept", [0, 1])  # validations behind the first
+def test_one_validation_is_a_row_not_an_empty_panel(kept, tmp_path, drawn):
+    lines = family_1471(Facts())
+    lines = [line for line in lines if " val_loss:" not in line or "post-ema" in line
+             or "final_" in line or line.startswith(("0/", "4964/")[:1 + kept])]
+    run = logs.read_run(write(tmp_path / "train.log", lines))
+    assert len(run.validations) == 1 + kept
+    figures.draw_run(run, tmp_path / "figure")
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert titles == ["training loss, nats a token", "step time, ms", "bits per byte"]
+    figures.draw_comparison({"one": [run]}, tmp_path / "figure")
+    assert not any("validation" in axes.get_title(loc="left") for axes in drawn[1].axes)
+    for figure in drawn:
+        check(figure)
+        for axes in figure.axes[:-1]:  # what is drawn by step reaches over most of its panel
+            low, high = axes.get_xlim()
+            shown = [x for line in axes.get_lines() for x in line.get_xdata()
+                     if line.get_transform() == axes.transData]
+            assert max(shown) - min(shown) > 0.5 * (high - low)
+
+
 def test_panels_without_numbers_are_left_out(tmp_path, drawn):
     lines = [line for line in family_1471(Facts()) if "train_batch_tokens" not in line]
     run = logs.read_run(write(tmp_path / "train.log", lines))

@@ -21,6 +21,9 @@ import train_gpt
 import logs  # isort: skip  (a folder logs/, which runs leave, would change its place)
 
 BUILDERS = {"#1471 family": family_1471, "#1392": system_1392, "#1090": system_1090}
+# What #1090 logs of a model that it packs before the one it submits.
+OF_THE_FIRST_MODEL = {"artifact_bytes", "total_bytes", "roundtrip_bpb", "final_bpb", "final_loss",
+                      "gap_bpb", *(("roundtrip", name) for name in ("bpb", "loss", "eval_ms"))}
 QUICK = settings(max_examples=60, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -32,7 +35,8 @@ def numbers(run):
                              "evaluation_seconds", "margin_bytes")}  # those compute over series
     found.update(seed=run.seed, parameters=run.parameters, recurrence=run.recurrence_step)
     for kind, score in run.scores.items():
-        found.update({(kind, name): value for name, value in score._asdict().items()})
+        found.update({(kind, name): value for name, value in score._asdict().items()
+                      if name not in ("name", "digits")})
     for series in (run.train, run.validations):
         for point in series:
             found.update({(type(point).__name__, point.step, name): value
@@ -155,7 +159,7 @@ def test_family_1471(tmp_path):
     facts = Facts(code=len(SOURCE))
     run = logs.read_run(write(tmp_path / "train.log", family_1471(facts)))
     check_common(run, facts)
-    assert run.system == "#1471 family" and run.peak_memory_mib == 33093
+    assert run.system == "published" and run.peak_memory_mib == 33093
     assert run.bpb("sliding") == pytest.approx(facts.sliding, abs=1e-8)
     assert run.bpb("prequant") == pytest.approx(facts.prequant, abs=1e-8)
     assert run.calibration_seconds == 9.8 and run.parameters == 37_022_812
@@ -167,7 +171,7 @@ def test_family_1471(tmp_path):
     assert pace.before_ms == pytest.approx(facts.before, abs=0.01)
     assert pace.after_ms == pytest.approx(facts.after, abs=0.01)
     assert pace.stall_seconds == pytest.approx(facts.stall / 1000, abs=0.01)
-    assert summary.evaluation_seconds(run) == pytest.approx(8.340 + 79.162)
+    assert summary.evaluation_seconds(run) == pytest.approx(79.162)  # the final evaluation alone
     assert [p.step for p in run.validations] == [0, 4000, facts.steps]
     assert run.validations[1].train_ms == pytest.approx(facts.ms(4000), abs=1)
 
@@ -177,7 +181,6 @@ def test_system_1392(tmp_path):
                   artifact=15_792_991)
     run = logs.read_run(write(tmp_path / "train_seed314.log", system_1392(facts)))
     check_common(run, facts)
-    assert run.system == "#1392"
     assert run.bpb("sliding") == pytest.approx(facts.sliding, abs=1e-8)  # of the exact line
     assert run.scores["sliding"].eval_ms == 71_237  # of the short one
     assert run.bpb("prequant") == pytest.approx(facts.prequant, abs=5e-5)  # printed short only
@@ -189,7 +192,7 @@ def test_system_1090(tmp_path):
     facts = Facts(seed=1337, steps=7926, switch=None, before=611.9)
     run = logs.read_run(write(tmp_path / "train.log", system_1090(facts)))
     check_common(run, facts)
-    assert run.system == "#1090" and run.final == "ttt"
+    assert run.final == "ttt"
     assert run.bpb("ttt") == pytest.approx(facts.sliding, abs=5e-5)
     # published as it is, the log ends at the int8 round trip: that is what it says
     cut = logs.read_run(write(tmp_path / "cut.log", system_1090(facts, whole=False)))
@@ -203,10 +206,10 @@ def test_system_1090(tmp_path):
 @given(system=st.sampled_from(sorted(BUILDERS)), data=st.data())
 def test_a_truncated_log_states_nothing_that_the_whole_one_does_not(system, data, tmp_path):
     whole = ("\n".join(BUILDERS[system](Facts())) + "\n").encode()
-    path = tmp_path / "train.log"
+    path, cut = tmp_path / "train.log", data.draw(st.integers(1, len(whole) - 2))
     path.write_bytes(whole)
     truth = numbers(logs.read_run(path))
-    path.write_bytes(whole[:data.draw(st.integers(1, len(whole) - 2))])
+    path.write_bytes(whole[:cut])
     try:
         run = logs.read_run(path)
     except logs.LogError:
@@ -214,10 +217,10 @@ def test_a_truncated_log_states_nothing_that_the_whole_one_does_not(system, data
     stated = numbers(run)
     for name, value in stated.items():
         # a score is printed short, then exact: the short line alone is less, not wrong
-        assert value == pytest.approx(truth[name], abs=5.1e-5) or name in (
-            "artifact_bytes", "total_bytes", "roundtrip_bpb", "final_loss", "gap_bpb",
-            ("roundtrip", "bpb"), ("roundtrip", "loss"), ("roundtrip", "eval_ms")) \
-            and system == "#1090", name  # its first model is another one than its last
+        if system == "#1090" and name in OF_THE_FIRST_MODEL or name in ("final_bpb", "final_loss") \
+                and system == "#1392" and b"\n" in whole[cut - 1:cut + 1]:
+            continue  # behind a round trip's line a run of these systems may have ended, too
+        assert value == pytest.approx(truth[name], abs=5.1e-5), name
     assert not run.complete or stated["total_bytes"]
 
 
@@ -231,7 +234,7 @@ def test_lost_lines_are_named_missing(system, tmp_path):
                  "total bytes", "peak memory"):
         assert name in run.missing
     verdicts = {v.rule: v.outcome for v in summary.verdicts([run])}
-    assert verdicts.pop("every log is complete") == verdicts.pop("3 seeds or more") == "fail"
+    assert verdicts.pop("every log is complete") == "fail"
     assert set(verdicts.values()) == {"n/a"}
 
 
@@ -269,7 +272,7 @@ def test_lines_broken_into_each_other_are_left_out_and_counted(tmp_path):
     run = logs.read_run(write(tmp_path / "train.log", lines))
     assert 500 not in [point.step for point in run.train]
     line = "\n".join(lines[:at + 1]).count("\n") + 1
-    assert any("damaged" in text and f"line {line})" in text for text in run.warnings)
+    assert any("damaged" in text and f"line {line}:" in text for text in run.warnings)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
@@ -294,7 +297,7 @@ def test_what_is_no_log_is_refused_in_one_line(content, said, tmp_path):
 def test_folders(tmp_path, tiny_run):
     with pytest.raises(logs.LogError, match="no such file"):
         logs.read_run(tmp_path / "nothing")
-    with pytest.raises(logs.LogError, match="here: none"):
+    with pytest.raises(logs.LogError, match="no events.jsonl, .log or .txt"):
         logs.read_run(tmp_path)
     shutil.copy(tiny_run.folder / "events.jsonl", tmp_path)
     assert logs.read_run(tmp_path) == logs.read_run(tmp_path / "events.jsonl")
@@ -303,7 +306,7 @@ def test_folders(tmp_path, tiny_run):
     (tmp_path / "events.jsonl").unlink()
     with pytest.raises(logs.LogError, match="train_seed1.log, train_seed2.log"):
         logs.read_run(tmp_path)
-    assert len(read.seed_logs([tmp_path])) == 2  # the table takes all of them
+    assert len(logs.find_logs(tmp_path)) == 2  # the table takes all of them
 
 
 def survives(path):

@@ -138,9 +138,11 @@ def test_never_overwrites_a_record(seeds, record, capsys):
 
 def test_text_log_names_its_events_and_its_base(seeds, tmp_path):
     logs = [str(seeds.folder / "logs" / f"seed{seed}.txt") for seed in SEEDS]
-    assert pack(seeds, tmp_path, "--no-figure", "--base", "itself", "--base-logs", *logs,
-                runs=logs) == 0
+    assert pack(seeds, tmp_path, "--no-figure", "--report", "--base", "itself", "--base-logs",
+                *logs, runs=logs) == 0
     folder = next(tmp_path.glob("track_*/*"))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h1>Toy Run</h1>" in page and 'id="bytes"' in page and 'id="samples"' in page
     assert len(list(folder.glob("train_seed*.jsonl"))) == 3
     base = json.loads((folder / "submission.json").read_text())["base"]
     assert base["name"] == "itself" and len(base["val_bpb"]) == 3
