@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -27,10 +28,15 @@ class Artifact(NamedTuple):
     def model(self, **options: Any) -> tuple[Any, Any]:
         """Return the model on the CPU, and the layout of its layers; options: GPT's own."""
         product = script()
-        layout = product.layout_of(self.header, self.config, self.path)
+        phase = product.phase_of(self.header, self.config, self.path)
+        layout = product.phases(self.config)[phase].layout
         model = product.GPT(self.config, **options)
         model.load_state_dict(self.weights())
         return model.eval(), layout
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -56,7 +62,7 @@ def find_tokenizer(artifact: Artifact, given: Path | None,
         if place]
     wanted = artifact.header["tokenizer_sha256"]
     for place in places:
-        if place.is_file() and script().file_sha256(place) == wanted:
+        if place.is_file() and file_sha256(place) == wanted:
             return place
     tried = ", ".join(f"{place} ({'another one' if place.is_file() else 'not there'})"
                       for place in places)

@@ -13,7 +13,7 @@ import json
 import os
 from pathlib import Path
 
-from artifact import Artifact, find_tokenizer, open_artifact
+from artifact import Artifact, file_sha256, find_tokenizer, open_artifact
 from logs import LogError
 from product import SCRIPT, script
 
@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def metadata(artifact: Artifact, tokenizer: Path | None) -> dict[str, str]:
     """Return what a safetensors header holds beside the tensors: text by name."""
-    header, product = artifact.header, script()
+    header = artifact.header
     return {"format": "pt", "config": json.dumps(header["config"], sort_keys=True),
             "layer_order": json.dumps(header["order"]),
             "tokenizer": str(tokenizer) if tokenizer else "",
             "tokenizer_sha256": header["tokenizer_sha256"],
-            "artifact_sha256": product.file_sha256(artifact.path),
-            "script_sha256": product.file_sha256(SCRIPT), "steps": str(header.get("steps", ""))}
+            "artifact_sha256": file_sha256(artifact.path),
+            "script_sha256": file_sha256(SCRIPT), "steps": str(header.get("steps", ""))}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -178,7 +178,7 @@ def same(old: Any, new: Any, digits: int | None = None) -> bool:
 
 def both_settings(earlier: dict[str, str], later: dict[str, str]) -> dict[str, str]:
     """Return the settings of a run whose later stage was started alone: each from its own stage."""
-    stages, knobs = script().STAGES, script().KNOBS
+    stages, knobs = list(script().STAGES), script().KNOBS
     first = stages.index(later["stage"]) if later.get("stage") in stages else 0
     own = {name: value for name, value in later.items()
            if name in knobs and knobs[name].metadata["stage"] in stages[first:]}

@@ -9,6 +9,7 @@ temperature and torch give the same text. A text ends where the model begins ano
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -71,15 +72,17 @@ class Memory:
 
     def logits(self, model, layout, rows):
         """Return the logits (B, V) behind rows (B, T), of which earlier calls read the first."""
-        product, begin = script(), self.length
-        tables = product.rotary_tables
-        self.call, self.length = 0, rows.shape[1]
-
-        def from_here(length: int, **how: Any) -> tuple:  # positions go on where reading stopped
-            return tuple(table[begin:] for table in tables(begin + length, **how))
-
-        with mock.patch.object(product, "rotary_tables", from_here):
-            return model.logits(rows[:, begin:], layout)[:, -1]
+        product, begin, end = script(), self.length, rows.shape[1]
+        self.call, self.length = 0, end
+        # positions go on where reading stopped, and the first token still sees the one before
+        tables = {end - begin: tuple(table[begin:] for table in model.rotary(end))}
+        tokens, before = rows[:, begin:], rows[:, max(0, begin - 1):]
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(model, "tables", tables))
+            if model.smear is not None:
+                seen = model.smear(model.tok_emb(before), before)[:, before.shape[1] - end + begin:]
+                patches.enter_context(mock.patch.object(model.smear, "forward", lambda *_: seen))
+            return model.logits(product.Batch(tokens, tokens[:, -1:]), layout)[:, -1]
 
 
 def write_tokens(artifact: Artifact, start: list[int], number: int, tokens: int,
