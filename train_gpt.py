@@ -1135,8 +1135,7 @@ class Log:
 MAGIC = b"PGOLF\x00\x01\n"
 # a header of a thousand layers has 400 kB of text; JSON takes 25 times its own length as objects
 MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 1 << 20, 4 << 30
-DTYPES = {name: getattr(torch, name)
-          for name in ("float32", "float16", "int8", "int16", "float64")}
+DTYPES = {name: getattr(torch, name) for name in "float32 float16 int8 int16 float64".split()}
 CODECS = ("raw", "brotli", "lzma")
 
 
@@ -2048,8 +2047,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=2.0 ** -23)
 
 
-def rotary_tables(length: int, dims: int, base: float, train_len: int,
-                  like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(length: int, dims: int, base: float, train_len: int, like: Tensor):
     """Return cos and sin (length, dims/2), computed in fp32, in the dtype of `like`.
 
     Beyond the training length the base grows (NTK scaling).
@@ -2143,7 +2141,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One physical layer: what its two halves add to a stream. How they follow is Lanes' matter."""
+    """One physical layer: a stream after each of its halves. How they follow is Lanes' matter."""
 
     def __init__(self, config: Config, layer: int, attend):
         super().__init__()
@@ -2153,31 +2151,25 @@ class Block(nn.Module):
         self.resid_mix = parameter(Role.CONTROL, [[1.0], [0.0]], 2, config.model_dim)
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        return mix[0] * x + mix[1] * x0
-
     def attended(self, x: Tensor, here: Pass) -> Tensor:
-        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
+        """Return a stream, mixed with x0, and what heads read, at the positions kept."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * here.x0
+        added = self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
+        return x[:, here.kept] + added
 
     def fed_forward(self, x: Tensor) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
 class OneStream:
     """How a block's halves act on the residual stream: attention, then the MLP on its sum.
 
-    Other ways have several streams; skips join the first one.
+    Other ways have several streams, into which they split it; skips join the first one.
     """
 
-    def split(self, x: Tensor, here: Any) -> tuple[Tensor, ...]:
-        return (x,)
-
     def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
-        x = block.mix(streams[0], here.x0)
-        added = block.attended(x, here)
-        x = x[:, here.kept] + added
-        return (x + block.fed_forward(x),)
+        return (block.fed_forward(block.attended(streams[0], here)),)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
         return streams[0]
@@ -2189,13 +2181,11 @@ class ScalarLanes(OneStream):
     def __init__(self, share: Any):
         self.share = share
 
-    def split(self, x, here):
+    def split(self, x: Tensor, here: Pass) -> tuple[Tensor, ...]:
         return x, x[:, here.asked]  # the MLP's never reads another position
 
     def step(self, block, streams, here):
-        x = block.mix(streams[0], here.x0)
-        added = block.attended(x, here)
-        return x[:, here.kept] + added, streams[1] + block.fed_forward(streams[1])
+        return block.attended(streams[0], here), block.fed_forward(streams[1])
 
     def merge(self, streams):
         share = self.share.to(streams[0].dtype)
@@ -2278,8 +2268,9 @@ class GPT(nn.Module):
         x0, length = rms_norm(self.tok_emb(tokens)), tokens.shape[1]
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables = self.tables[length] if length in self.tables else self.rotary(length)
-        asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
+        asked = slice(length - batch.targets.shape[1], None)
         here = Pass(batch, x0, tables, value, scales, asked, slice(None))
+        streams: tuple[Tensor, ...] = (x0,)
         for step in layout.steps:
             block: Any = self.blocks[step.layer]
             if step.skip is not None:
@@ -2340,9 +2331,8 @@ def schedule(config: Config, step: int, progress: float) -> Rates:
 
     Source: PR #1471.
     """
-    multiplier = 1.0
-    if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
-        multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
+    ending = config.warmdown_frac and progress >= 1 - config.warmdown_frac
+    multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr) if ending else 1.0
     warmed = config.muon_warmup.done(step, progress)
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
     return Rates(multiplier, momentum)
@@ -2358,39 +2348,9 @@ def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
     return groups
 
 
-class Stack(NamedTuple):
-    """Parameters of a role that lie side by side in the flat buffer of their dtype.
-
-    Of matrices, all of one shape. at: where each begins.
-    """
-
-    params: list[nn.Parameter]
-    at: list[int]
-    span: slice
-
-
 def room(p: nn.Parameter) -> int:
     """Return the elements set aside for `p`: its own, rounded up to a multiple of 64."""
     return -(-p.numel() // 64) * 64
-
-
-def lay_out(groups: dict[Role, list[nn.Parameter]], shares: int) -> list[Stack]:
-    """Return where every parameter lies: embeddings, matrices by shape, controls.
-
-    The number of matrices of a shape is rounded up to a multiple of `shares`.
-    """
-    shapes: dict[Any, list] = {}
-    for p in sorted(groups[Role.MATRIX], key=lambda p: p.shape):
-        shapes.setdefault(p.shape, []).append(p)
-    stacks, ends = [], Counter()  # where each dtype's buffer ends so far
-    for params in (groups[Role.EMBED], *shapes.values(), groups[Role.CONTROL]):
-        dtype = params[0].dtype
-        start, *at, end = itertools.accumulate(map(room, params), initial=ends[dtype])
-        if params[0].role is Role.MATRIX:
-            end += -len(params) % shares * room(params[0])
-        stacks.append(Stack(params, [start, *at], slice(start, end)))
-        ends[dtype] = end
-    return stacks
 
 
 class Bank:
@@ -2401,20 +2361,32 @@ class Bank:
     """
 
     def __init__(self, groups: dict[Role, list[nn.Parameter]], shares: int = 1):
-        stacks = lay_out(groups, shares)
-        ends = {stack.params[0].dtype: stack.span.stop for stack in stacks}
-        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=stacks[0].params[0].device)
+        """Lay out embeddings, matrices by shape, controls.
+
+        The number of matrices of a shape is rounded up to a multiple of `shares`.
+        """
+        self.offsets, self.matrices, stacks = {}, [], []
+        self.adam: dict[Role, Any] = {}
+        ends: Counter = Counter()  # where each dtype's buffer ends so far
+        matrices = sorted(groups[Role.MATRIX], key=lambda p: p.shape)
+        alike = [list(same) for _, same in itertools.groupby(matrices, lambda p: p.shape)]
+        for params in (groups[Role.EMBED], *alike, groups[Role.CONTROL]):
+            first: Any = params[0]
+            start = ends[first.dtype]
+            for p in params:
+                self.offsets[p] = ends[p.dtype]
+                ends[p.dtype] += room(p)
+            if first.role is Role.MATRIX:
+                ends[first.dtype] += -len(params) % shares * room(first)
+            stacks.append((first, params, slice(start, ends[first.dtype])))
+        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=first.device)
                         for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
-        self.offsets, self.matrices = {}, []
-        self.adam: dict[Role, Any] = {}
-        for params, at, span in stacks:
-            self.offsets.update(zip(params, at))
+        for first, params, span in stacks:
             for p in params:
                 view = self.view(self.weights, p)
                 view.copy_(p.data)
                 p.data, p.grad = view, self.view(self.grads, p)
-            first: Any = params[0]
             weights, grads = self.weights[first.dtype][span], self.grads[first.dtype][span]
             if first.role is Role.MATRIX:  # weights (N, R, C), gradients (N, room), how many
                 weights, grads = (flat.view(-1, room(first)) for flat in (weights, grads))
@@ -2482,9 +2454,8 @@ class Optimizers:
         squares = [torch.stack([g.float().norm().square() for g in part]).sum()
                    for part in (self.owned, shared)]
         norm = (self.runtime.sum_(squares[0]) + squares[1]).sqrt() / self.runtime.world_size
-        factor = torch.ones_like(norm)
-        if self.clip_norm:
-            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        clipped = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = clipped if self.clip_norm else torch.ones_like(norm)
         for part in (*self.owned, *shared):
             part.mul_(factor / self.runtime.world_size)
         return norm
@@ -2563,8 +2534,7 @@ INT8_MAX_CODE = 127
 MULTIPLIER_RANGE = (0.35, 4.0)
 
 
-@dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(NamedTuple):
     """How matrices of one kind become codes: range +-max_code, radius of k row stds, least step.
 
     power: of Fisher information in their rows' steps.
@@ -2601,8 +2571,7 @@ def round_to_nearest(w_NRC: Tensor, radius_NR: Tensor, steps_NR: Tensor, max_cod
     return (clipped / steps_NR[:, :, None]).round().clamp(-max_code, max_code).to(torch.int8)
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """What GPTQ needs of Hessians (N, C, C).
 
     The order of columns, the upper Cholesky factor of the inverse, which inputs never act, and
@@ -2935,8 +2904,7 @@ def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: 
     return (moved.clamp_min(0.0) / 12).sqrt()
 
 
-def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | float = 1.0,
-               trellis: bool = False) -> Tensor:
+def dequantize(codes: Tensor, steps: Tensor, columns: Any = 1.0, trellis: bool = False) -> Tensor:
     """Return the weights (R, C), fp32, that codes and steps of rows and columns stand for."""
     levels = trellis_levels(codes) if trellis else codes.float()
     return levels * steps[..., None] * columns
@@ -3128,9 +3096,8 @@ def encode_codes(codes: Tensor, classes: Tensor, coder: str) -> dict[str, Tensor
     tables = rans_tables(class_counts(codes, classes))
     symbols = codes.numpy().view(np.uint8) ^ 128  # code + 128
     stream, states = rans_encode(symbols, classes.numpy(), tables)
-    found = {"tables": tables.astype(np.int16), "states": states.view(np.int16),
-             "stream": stream.view(np.int16)}
-    return {name: torch.from_numpy(array) for name, array in found.items()}
+    found = dict(tables=tables, states=states, stream=stream)
+    return {name: torch.from_numpy(array.astype(np.int16)) for name, array in found.items()}
 
 
 def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Tensor:
@@ -3614,9 +3581,8 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
     for first in np.unique(first_scored).tolist():
         group = starts[first_scored == first]
         size = batch if runtime.compiles else min(batch, len(group))  # one shape: one graph
-        for at in range(0, len(group), size):
-            some = group[at:at + size]
-            some = np.concatenate([some, np.full(size - len(some), num_targets)])
+        group = np.append(group, np.full(-len(group) % size, num_targets))
+        for some in group.reshape(-1, size):
             where = torch.from_numpy(some).to(runtime.device)[:, None] + place
             inside = where < num_targets
             places = where.masked_fill(~inside, -1)[:, first:]
@@ -3641,11 +3607,10 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
     starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
     planned = len(starts) // runtime.world_size
     sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
-    batches, at_once = window_batches(text, windows, runtime), STRETCH_TOKENS // (batch * seq_len)
+    batches = window_batches(text, windows, runtime)
+    at_once = max(1, STRETCH_TOKENS // (batch * seq_len))
     with torch.inference_mode():
-        for unit in itertools.count():
-            if not (stretch := list(itertools.islice(batches, max(1, at_once)))):
-                break
+        for unit, stretch in enumerate(iter(lambda: list(itertools.islice(batches, at_once)), [])):
             if unit not in journal:
                 journal[unit] = add_up([(losses_of(one), one.places) for one in stretch],
                                        target_bytes)
