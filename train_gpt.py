@@ -3120,9 +3120,7 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
-# Kind of codes -> (codes to +-, clip radius in row stds at multiplier 1). Other kinds are dtypes.
-INT6, INT8 = "int6", "int8"
-CODED = {INT6: (31, 12.85), INT8: (INT8_MAX_CODE, 20.0)}
+CODED = INT6, INT8 = "int6", "int8"  # kinds of codes; other kinds are dtypes
 
 
 class Entry(NamedTuple):
@@ -3166,12 +3164,10 @@ def weight_forms(config: Config) -> dict:
 
 def quant_specs(config: Config) -> dict[str, QuantSpec]:
     """Return how each kind of codes is made at multiplier 1."""
-    given = {INT6: (config.sdclip_k, config.scale_floor, True, config.row_power),
-             INT8: (config.sdclip_k_embed, config.scale_floor_embed, config.embed_gptq,
-                    config.embed_power)}
-    return {kind: QuantSpec(CODED[kind][0], k or CODED[kind][1], floor,
-                            config.gptq_enabled and gptq, power)
-            for kind, (k, floor, gptq, power) in given.items()}
+    c = config
+    return {INT6: QuantSpec(31, c.sdclip_k or 12.85, c.scale_floor, c.gptq_enabled, c.row_power),
+            INT8: QuantSpec(INT8_MAX_CODE, c.sdclip_k_embed or 20.0, c.scale_floor_embed,
+                            c.gptq_enabled and c.embed_gptq, c.embed_power)}
 
 
 @dataclass
@@ -3188,6 +3184,10 @@ class Group:
     w_NRC: Tensor
     factors: Any = None
     plan: Any = None
+
+    def stack(self, known: dict[str, Tensor], kind: str) -> Tensor:
+        """Return a statistic of all its tensors as one."""
+        return torch.stack([known[kind + name] for name in self.names]).to(self.w_NRC.device)
 
 
 class ClipSteps:
@@ -3212,16 +3212,6 @@ class ClipSteps:
         return {f"inputs.{name}": 2 * entry.shape[1:] for name, entry in coded(self.config).items()
                 if specs[entry.kind].gptq and name != VALUE_TABLE}
 
-    def hessians(self, known: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the Hessians by weight."""
-        found = {name.removeprefix("inputs."): value for name, value in known.items()
-                 if name.startswith("inputs.")}
-        if known and VALUE_TABLE in weights and VALUE_TABLE not in found:
-            width = weights[VALUE_TABLE].shape[1]
-            projection = weights.get("ve.proj.weight", torch.eye(width))
-            found[VALUE_TABLE] = projection.T @ projection
-        return found
-
     def plan(self, groups: list[Group], known: dict[str, Tensor]):
         """Fill the groups' plans."""
 
@@ -3233,39 +3223,36 @@ class ClipSteps:
 
         solved False: rounded to nearest, quick and near in size.
         """
-        w, spec = group.w_NRC, group.spec
+        w, spec, most = group.w_NRC, group.spec, group.spec.max_code
         radius = clip_radius(w, spec, multiplier)
         steps = step_sizes(radius, spec)
         stored = steps.half()
-        if solved and group.factors:
-            codes = gptq(w, group.factors, stored, spec.max_code)
+        if solved and spec.gptq:
+            codes = gptq(w, group.factors, stored, most)
         else:  # int8 tables are rounded against the fp32 step, as published
-            codes = round_to_nearest(w, radius, steps if group.kind == INT8 else stored,
-                                     spec.max_code)
+            codes = round_to_nearest(w, radius, steps if group.kind == INT8 else stored, most)
         return codes, stored
 
     def step_forms(self, rows: int, columns: int) -> dict[str, tuple]:
         """Return name -> (shape, dtype) of the steps of so many rows and columns in an artifact."""
         return {"steps": ((rows,), torch.float16)}
 
-    def read_steps(self, stored: dict[str, Tensor], columns: int,
-                   multiplier: float) -> tuple[Tensor, Tensor]:
-        """Return the steps of rows and of columns, fp32, from what was stored."""
-        return stored["steps"].float(), torch.ones(columns)
+    def read_steps(self, stored: dict[str, Tensor], multiplier: float) -> tuple[Tensor, Tensor]:
+        """Return the steps of rows and of columns, fp32, from an artifact's tensors."""
+        return stored["steps"].float(), torch.ones(len(stored["column_classes"]))
 
 
 class Plan(NamedTuple):
     """Steps by sensitivity of a Group at multiplier 1.
 
-    costs_NR: what an error in each row costs. answers: of `couple_rows`, where rows are coupled.
-    rows_NR, columns_NC: log2 steps, OCTAVE codes a doubling. moved_NRC: of `moved_aims`.
+    answers: of `couple_rows`, where rows are coupled. rows_NR, columns_NC: log2 steps, OCTAVE codes
+    a doubling. moved_NRC: of `moved_aims`.
     """
 
-    costs_NR: Tensor
-    answers: Tensor = UNCOUPLED
-    rows_NR: Any = None
-    columns_NC: Any = None
-    moved_NRC: Any = None
+    answers: Tensor
+    rows_NR: Tensor
+    columns_NC: Tensor
+    moved_NRC: Tensor
 
 
 class FisherSteps(ClipSteps):
@@ -3293,37 +3280,32 @@ class FisherSteps(ClipSteps):
 
     def plan(self, groups, known):
         """Plan steps that are on average those of SDClip's k."""
-        plans, offsets, weights = [], 0.0, 0
+        ends, offsets, weights = [], 0.0, 0
         for group in groups:
-            w, spec = group.w_NRC, group.spec
-            plan = self.costs(group, known)
-            rows, columns = sensitive_steps(plan.costs_NR, group.factors, spec.power,
-                                            self.config.column_power)
+            w, spec, factors = group.w_NRC, group.spec, group.factors
+            costs, answers = self.costs(group, known)
+            rows, columns = sensitive_steps(costs, factors, spec.power, self.config.column_power)
             usual = (clip_radius(w, spec, 1.0) / spec.max_code).double().log2()
             alive = w.std(dim=2) > 0  # the others need no bits
             offsets += float((usual - rows)[alive].sum()) * w.shape[2]
             weights += int(alive.sum()) * w.shape[2]
-            group.plan = plan._replace(
-                columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
-                moved_NRC=moved_aims(group.factors, 2 ** rows, 2 ** columns, plan.answers))
             # coupled rows of small weights may have to answer large errors of others
-            ends = usual - 6, usual + (99 if plan.answers.numel() else 4)
-            plans.append((group, rows, ends))
+            ends.append((usual - 6, usual + (99 if answers.numel() else 4)))
+            moved = moved_aims(factors, 2 ** rows, 2 ** columns, answers)
+            columns = (OCTAVE * columns).round().clamp(-127, 127).to(torch.int8)
+            group.plan = Plan(answers, rows, columns, moved)
         shift = offsets / max(1, weights)
-        for group, rows, ends in plans:
-            rows = (OCTAVE * (rows + shift).clamp(*ends)).round()
+        for group, (least, most) in zip(groups, ends):
+            rows = (OCTAVE * (group.plan.rows_NR + shift).clamp(least, most)).round()
             group.plan = group.plan._replace(rows_NR=rows)
 
-    def costs(self, group: Group, known: dict[str, Tensor]) -> Plan:
+    def costs(self, group: Group, known: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what errors in a group's rows cost, and how rows below answer them."""
-        def stack(kind):
-            return torch.stack([known[kind + name] for name in group.names]).to(group.w_NRC.device)
-
         if (self.config.couple_rows and self.trellis and group.spec.gptq
                 and couples(*group.w_NRC.shape[1:])
                 and all(f"outputs.{name}" in known for name in group.names)):
-            return Plan(*couple_rows(stack("outputs.")))
-        return Plan(stack("fisher."))
+            return couple_rows(group.stack(known, "outputs."))
+        return group.stack(known, "fisher."), UNCOUPLED
 
     def max_code(self, spec):
         return INT8_MAX_CODE
@@ -3338,8 +3320,7 @@ class FisherSteps(ClipSteps):
         steps = multiplier * steps_from_codes(rows)
         if solved and (group.spec.gptq or self.trellis):
             if not group.spec.gptq:  # no feedback
-                one = torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC)
-                factors = factor_hessians(one)
+                factors = factor_hessians(torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC))
             codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
                          plan.answers if self.trellis else None)
         else:
@@ -3353,7 +3334,7 @@ class FisherSteps(ClipSteps):
     def step_forms(self, rows, columns):
         return {"steps": ((rows,), torch.int8), "column_steps": ((columns,), torch.int8)}
 
-    def read_steps(self, stored, columns, multiplier):
+    def read_steps(self, stored, multiplier):
         return (multiplier * steps_from_codes(stored["steps"]),
                 steps_from_codes(stored["column_steps"]))
 
@@ -3373,29 +3354,29 @@ class Quantizer:
                  device):
         self.weights, self.config, self.memo = weights, config, {}
         self.rule, self.specs = STEP_RULES[config.rule](config), quant_specs(config)
-        self.redamped, self.gptq_names, by_form = {}, [], {}
-        self.order = list(coded(config))
+        self.order, self.groups, by_form = list(coded(config)), [], {}
         for name, entry in coded(config).items():
             by_form.setdefault((entry.kind, entry.shape), []).append(name)
-        hessians = self.rule.hessians(known, weights)
-        self.groups = [self.group(kind, names, hessians, device)
-                       for (kind, _), names in by_form.items()]
+        # where none was taken, GPTQ's of the value embedding is that of its projection P: PT P
+        projection = weights.get("ve.proj.weight", torch.eye(config.ve_dim))
+        known = {f"inputs.{VALUE_TABLE}": projection.T @ projection} | known
+        for (kind, _), names in by_form.items():
+            w = torch.stack([weights[name] for name in names]).to(device)
+            self.groups.append(group := Group(names, kind, self.specs[kind], w))
+            if group.spec.gptq or self.rule.gradients:
+                group.factors = factor_hessians(group.stack(known, "inputs."))
         self.rule.plan(self.groups, known)
 
-    def group(self, kind: str, names: list[str], hessians: dict[str, Tensor], device) -> Group:
-        """Return tensors of one shape and kind, with the factors of their Hessians."""
-        def stack(tensors):
-            return torch.stack([tensors[name] for name in names]).to(device)
+    @property
+    def gptq_names(self) -> list[str]:
+        return [name for group in self.groups if group.spec.gptq for name in group.names]
 
-        group = Group(names, kind, self.specs[kind], stack(self.weights))
-        solved = group.spec.gptq and all(name in hessians for name in names)
-        if solved:
-            self.gptq_names += names
-        if solved or self.rule.gradients:
-            group.factors = factor_hessians(stack(hessians))
-            damps = zip(names, group.factors.damp_N.tolist())
-            self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-        return group
+    @property
+    def redamped(self) -> dict[str, float]:
+        """Return the damping of each Hessian that needed more than usual."""
+        return {name: damp for group in self.groups if group.factors
+                for name, damp in zip(group.names, group.factors.damp_N.tolist())
+                if damp > GPTQ_DAMP}
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
         """Return name -> (codes (R, C) int8, stored row steps, column steps) at a step multiplier.
@@ -3461,8 +3442,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
     rest = len(pack_tensors(header, quantizer.tensors_at(1.0, solved=False), codec))
 
     def estimate_at(multiplier):
-        codes, classes, _ = quantizer.classes_at(multiplier, solved=False)
-        return rest + counted_bytes(class_counts(codes, classes))
+        return rest + counted_bytes(class_counts(*quantizer.classes_at(multiplier, False)[:2]))
 
     return fit_budget(estimate_at, pack_at, limit_bytes, report)
 
@@ -3476,19 +3456,18 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     """
     if header["coding"] != CODING:
         raise ContainerError(f"{origin}: coded by another train_gpt.py; use the one that wrote it")
-    rule, codes_of, left = STEP_RULES[config.rule](config), coded(config), dict(tensors)
+    rule, codes_of = STEP_RULES[config.rule](config), coded(config)
     rows, columns = ([entry.shape[axis] for entry in codes_of.values()] for axis in (0, 1))
     plain = {name: (entry.shape, DTYPES[entry.kind]) for name, entry in inventory(config).items()
              if name not in codes_of}
-    steps_form = rule.step_forms(sum(rows), sum(columns))
-    forms = plain | steps_form | dict(row_classes=((sum(rows),), torch.int8),
-                                      column_classes=((sum(columns),), torch.int8))
-    check_tensors(left, forms, origin)
-    state = {name: left.pop(name).float() for name in plain}
-    steps = rule.read_steps({name: left.pop(name) for name in steps_form}, sum(columns),
-                            header["multiplier"])
-    classes = [element_classes(*pair) for pair in zip(left.pop("row_classes").split(rows),
-                                                      left.pop("column_classes").split(columns))]
+    forms = plain | rule.step_forms(sum(rows), sum(columns)) | dict(
+        row_classes=((sum(rows),), torch.int8), column_classes=((sum(columns),), torch.int8))
+    check_tensors(tensors, forms, origin)
+    left = {name: tensor for name, tensor in tensors.items() if name not in forms}
+    state = {name: tensors[name].float() for name in plain}
+    steps = rule.read_steps(tensors, header["multiplier"])
+    classes = [*map(element_classes, tensors["row_classes"].split(rows),
+                    tensors["column_classes"].split(columns))]
     try:
         codes = decode_codes(left, torch.cat(classes), config.compressor)
     except (ValueError, LookupError, RuntimeError, TypeError) as error:
@@ -3512,10 +3491,10 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
     # bytes of the header, tables and states; of a column of codes, a row has 1.3; all as seen
     fixed, specs, rule = 2500, quant_specs(config), STEP_RULES[config.rule](config)
-    weights = dict.fromkeys(specs, 0)
+    weights: Counter = Counter()
     for entry in inventory(config).values():
+        weights[entry.kind] += entry.numel
         if entry.kind in specs:
-            weights[entry.kind] += entry.numel
             fixed += int(1.3 * entry.shape[0] + rule.column_bytes * entry.shape[1])
         else:
             fixed += entry.numel * DTYPES[entry.kind].itemsize
@@ -3523,9 +3502,8 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     overhead = {"rans": 1.001, "brotli": 1.012, "lzma": 1.05}[config.compressor]  # as seen
 
     def total(multiplier):
-        bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code,
-                                                 rule.max_code(spec))
-                   for kind, spec in specs.items())
+        bits = sum(weights[kind] * gaussian_bits(multiplier * s.k / s.max_code, rule.max_code(s))
+                   for kind, s in specs.items())
         return code_bytes + fixed + int(bits / 8 * overhead)
 
     if not config.search_k:
