@@ -1197,8 +1197,7 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
     start, end = len(MAGIC) + 4, len(data) - 32  # of the header; of all that the checksum covers
     require(start <= end and data[:6] == MAGIC[:6], "not a file of this script")
     require(data[:8] == MAGIC, f"container version {data[6]} is not {MAGIC[6]}")
-    require(hashlib.sha256(data[:end]).digest() == data[end:],
-            "checksum does not match (truncated or damaged)")
+    require(hashlib.sha256(data[:end]).digest() == data[end:], "truncated or damaged (checksum)")
     at = start + int.from_bytes(data[len(MAGIC):start], "little")
     require(at <= end and at - start <= MAX_HEADER_BYTES, "impossible header length")
     left = MAX_TENSOR_BYTES  # of all tensors together
@@ -1985,11 +1984,8 @@ class Step(NamedTuple):
 class Layout(NamedTuple):
     """The virtual layers of a forward pass and what flows between them; an argument of it."""
 
+    order: tuple[int, ...]
     steps: tuple[Step, ...]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        return tuple(step.layer for step in self.steps)
 
 
 class Phase(NamedTuple):
@@ -2007,13 +2003,11 @@ def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
     that arrive after the split reach the attention lane (PR #1395) or, with SKIP_TO_LANES=0, are
     lost (PR #1471).
     """
-    border, end, skips = len(order) // 2, len(order), skip_rows(config)
-    late = (at for at in range(border, end)
-            if config.lanes_split and order[at] >= config.parallel_start_layer)
-    lanes_from = next(late, end)
-    if not config.skip_to_lanes:
-        skips = min(skips, lanes_from - border + 1)
-    return Layout(tuple(
+    border, end = len(order) // 2, len(order)
+    split_layer = config.parallel_start_layer if config.lanes_split else config.num_layers
+    lanes_from = next((at for at in range(border, end) if order[at] >= split_layer), end)
+    skips = min(skip_rows(config), end if config.skip_to_lanes else lanes_from - border + 1)
+    return Layout(tuple(order), tuple(
         Step(layer, saves=at < border, skip=at - border if 0 <= at - border < skips else None,
              splits=at == lanes_from, last=at == end - 1) for at, layer in enumerate(order)))
 
@@ -2025,10 +2019,10 @@ def skip_rows(config: Config) -> int:
 
 def phases(config: Config) -> list[Phase]:
     """Return the parts of training in order; the last one's layout is the model's from then on."""
-    first = Phase(Span(0), plan_layout(config.base_order, config), config.train_seq_len)
-    recurrent = first._replace(start=config.recur_start,
-                               layout=plan_layout(config.recurrent_order, config))
-    return [first] if recurrent.layout == first.layout else [first, recurrent]
+    parts = (Span(0), config.base_order), (config.recur_start, config.recurrent_order)
+    found = [Phase(start, plan_layout(order, config), config.train_seq_len)
+             for start, order in parts]
+    return found[:1] if found[0].layout == found[1].layout else found
 
 
 def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Parameter:
@@ -2037,7 +2031,8 @@ def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Paramet
     start: values spread over the shape, or a function of torch.nn.init.
     """
     made: Any = nn.Parameter(torch.empty(shape, dtype=dtype))
-    made.role, made.start = role, start
+    made.role = role
+    made.start = start if callable(start) else lambda *_, **__: torch.tensor(start)
     return made
 
 
@@ -2071,7 +2066,6 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Pass(NamedTuple):
     """What every layer of one forward shares."""
 
-    batch: Batch
     x0: Tensor  # (B, T, D): the normed embeddings
     rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2)
     value: Any  # (B, T, G * K): the value embedding, if there is one
@@ -2168,7 +2162,7 @@ class OneStream:
     Other ways have several streams, into which they split it; skips join the first one.
     """
 
-    def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
+    def step(self, block: Any, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
         return (block.fed_forward(block.attended(streams[0], here)),)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
@@ -2229,16 +2223,14 @@ class GPT(nn.Module):
     which length on rotation slows down (TRAIN_SEQ_LEN unless given).
     """
 
-    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32,
-                 train_len: int | None = None):
+    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32, train_len=None):
         super().__init__()
-        self.softcap = config.logit_softcap
-        self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
-                                 config.tied_embed_init_std)
+        dim, self.softcap = config.model_dim, config.logit_softcap
+        self.tok_emb = Embedding(config.vocab_size, dim, dtype, config.tied_embed_init_std)
         adds = config.ve_enabled and config.ve_layers
         self.ve: Any = ValueEmbedding(config, dtype) if adds else None
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
-        size = skip_rows(config), config.model_dim
+        size = skip_rows(config), dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
         self.skip_gates = parameter(Role.CONTROL, 0.0, *size) if config.skip_gates_enabled else None
         # not in the lanes' own hands: files know it by this name
@@ -2257,10 +2249,7 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         parameters: Any = self.parameters()
         for p in parameters:
-            if callable(p.start):
-                p.copy_(p.start(torch.empty(p.shape), generator=generator))
-            else:
-                p.copy_(torch.tensor(p.start))
+            p.copy_(p.start(torch.empty(p.shape), generator=generator))
 
     def forward(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
@@ -2269,18 +2258,16 @@ class GPT(nn.Module):
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables = self.tables[length] if length in self.tables else self.rotary(length)
         asked = slice(length - batch.targets.shape[1], None)
-        here = Pass(batch, x0, tables, value, scales, asked, slice(None))
+        here = Pass(x0, tables, value, scales, asked, slice(None))
         streams: tuple[Tensor, ...] = (x0,)
         for step in layout.steps:
-            block: Any = self.blocks[step.layer]
             if step.skip is not None:
-                x, *others = streams
-                streams = self.blend_skip(step.skip, x, waiting.pop()), *others
+                streams = self.blend_skip(step.skip, streams[0], waiting.pop()), *streams[1:]
             if step.splits:
                 lanes, streams = self.lanes, self.lanes.split(streams[0], here)
             if step.last:
                 here = here._replace(kept=asked)
-            streams = lanes.step(block, streams, here)
+            streams = lanes.step(self.blocks[step.layer], streams, here)
             if step.saves:
                 waiting.append(streams[0])
         return rms_norm(lanes.merge(streams))
@@ -2310,10 +2297,6 @@ class GPT(nn.Module):
 
 # == 6 Optimizer: flat buffers, Muon, AdamW, schedule, average ====================================
 
-# Role -> the settings of its peak learning rate and of its weight decay. Matrices get Muon, the
-# others AdamW, all of a role as one flat parameter.
-RATES = {Role.EMBED: ("tied_embed_lr", "embed_wd"), Role.MATRIX: ("matrix_lr", "muon_wd"),
-         Role.CONTROL: ("scalar_lr", "adam_wd")}
 # (a, b, c) of a Newton-Schulz iteration X <- a X + (b P + c P P) X with P = X XT. Source: K. Jordan
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
@@ -2342,9 +2325,8 @@ def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
     """Return every parameter under its role; raises AssertionError if one has none."""
     groups: dict[Role, list[nn.Parameter]] = {role: [] for role in Role}
     for p in model.parameters():
-        role = getattr(p, "role", None)
-        assert role, "a parameter without owner"
-        groups[role].append(p)
+        assert hasattr(p, "role"), "a parameter without owner"
+        groups[p.role].append(p)
     return groups
 
 
@@ -2365,22 +2347,20 @@ class Bank:
 
         The number of matrices of a shape is rounded up to a multiple of `shares`.
         """
-        self.offsets, self.matrices, stacks = {}, [], []
         self.adam: dict[Role, Any] = {}
-        ends: Counter = Counter()  # where each dtype's buffer ends so far
+        # ends: where each dtype's buffer ends so far
+        self.offsets, self.matrices, stacks, ends = {}, [], [], Counter()
         matrices = sorted(groups[Role.MATRIX], key=lambda p: p.shape)
         alike = [list(same) for _, same in itertools.groupby(matrices, lambda p: p.shape)]
         for params in (groups[Role.EMBED], *alike, groups[Role.CONTROL]):
             first: Any = params[0]
-            start = ends[first.dtype]
             for p in params:
                 self.offsets[p] = ends[p.dtype]
                 ends[p.dtype] += room(p)
             if first.role is Role.MATRIX:
                 ends[first.dtype] += -len(params) % shares * room(first)
-            stacks.append((first, params, slice(start, ends[first.dtype])))
-        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=first.device)
-                        for dtype, end in ends.items()}
+            stacks.append((first, params, slice(self.offsets[first], ends[first.dtype])))
+        self.weights = {dtype: first.new_zeros(end, dtype=dtype) for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
         for first, params, span in stacks:
             for p in params:
@@ -2431,11 +2411,11 @@ class Optimizers:
         self.bank = Bank(partition(model), runtime.world_size)
         self.momenta = [weights.new_zeros(len(weights) // runtime.world_size, *weights.shape[1:])
                         for weights, *_ in self.bank.matrices]
-        rates = {role: [getattr(config, name) for name in names] for role, names in RATES.items()}
-        self.muon_lr, self.muon_decay = rates[Role.MATRIX]
+        self.muon_lr, self.muon_decay = config.matrix_lr, config.muon_wd
         self.iterations = [NEWTON_SCHULZ] * config.muon_backend_steps
-        groups = [dict(params=[p], lr=rates[role][0], peak_lr=rates[role][0],
-                       weight_decay=rates[role][1]) for role, p in self.bank.adam.items()]
+        groups = [dict(params=[self.bank.adam[role]], peak_lr=lr, weight_decay=decay)
+                  for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
+                                          (Role.CONTROL, config.scalar_lr, config.adam_wd))]
         self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
                                        eps=config.adam_eps, fused=runtime.device.type == "cuda")
 
@@ -2876,10 +2856,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     work = work.transpose(1, 2).take_along_dim(order, 1)
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
-    if trellis is None:
-        code: Any = functools.partial(rounded_columns, max_code=max_code)
-    else:
-        code = TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code
+    code: Any = (functools.partial(rounded_columns, max_code=max_code) if trellis is None else
+                 TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code)
     codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, work.shape[1], GPTQ_BLOCK):
         at, after = slice(start, start + GPTQ_BLOCK), slice(start + GPTQ_BLOCK, None)
@@ -2913,8 +2891,7 @@ def dequantize(codes: Tensor, steps: Tensor, columns: Any = 1.0, trellis: bool =
 def gaussian_bits(step: float, max_code: int) -> float:
     """Return the bits of a unit Gaussian rounded to multiples of `step`, clipped at +-max_code."""
     edges = (np.arange(-max_code, max_code) + 0.5) * step
-    below = [0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges]
-    shares = np.diff([0.0, *below, 1.0])
+    shares = np.diff([0.0, *(0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges), 1.0])
     shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum())
 
@@ -2942,8 +2919,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
         fits, unused = len(packed) <= limit_bytes, limit_bytes - len(packed)
-        at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
-        if at_end or 0 <= unused <= 0.001 * limit_bytes:
+        if multiplier == MULTIPLIER_RANGE[0 if fits else 1] or 0 <= unused <= 0.001 * limit_bytes:
             return multiplier, packed
         if fits not in seen or abs(unused) < abs(limit_bytes - len(seen[fits][1])):
             seen[fits] = multiplier, packed
@@ -3123,16 +3099,15 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 CODED = INT6, INT8 = "int6", "int8"  # kinds of codes; other kinds are dtypes
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One parameter of a model: its shape, its role, and how it is stored (CODED or a dtype)."""
 
     shape: tuple[int, ...]
     role: Role
     kind: str
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    numel = property(lambda self: math.prod(self.shape))
 
 
 @functools.cache
@@ -3153,8 +3128,7 @@ def coded(config: Config) -> dict[str, Entry]:
 
 def count_parameters(config: Config, *roles: Role) -> int:
     """Return the number of weights of these roles, or of all."""
-    return sum(entry.numel for entry in inventory(config).values()
-               if entry.role in (roles or Role))
+    return sum(e.numel for e in inventory(config).values() if e.role in (roles or Role))
 
 
 def weight_forms(config: Config) -> dict:
@@ -3197,11 +3171,12 @@ class ClipSteps:
     makes codes at a multiplier, and reads back the steps it had stored.
     """
 
-    gradients, trellis = False, False  # does calibration need them; do codes depend on each other
+    gradients = False  # does calibration need them
     column_bytes = 0.2  # what a column of codes takes besides its codes, as seen
 
     def __init__(self, config: Config):
         self.config = config
+        self.trellis = self.gradients and config.trellis  # do codes depend on each other
 
     def statistics(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each statistic by name: "inputs." mean x xT of a weight's inputs.
@@ -3228,10 +3203,9 @@ class ClipSteps:
         steps = step_sizes(radius, spec)
         stored = steps.half()
         if solved and spec.gptq:
-            codes = gptq(w, group.factors, stored, most)
-        else:  # int8 tables are rounded against the fp32 step, as published
-            codes = round_to_nearest(w, radius, steps if group.kind == INT8 else stored, most)
-        return codes, stored
+            return gptq(w, group.factors, stored, most), stored
+        # int8 tables are rounded against the fp32 step, as published
+        return round_to_nearest(w, radius, steps if group.kind == INT8 else stored, most), stored
 
     def step_forms(self, rows: int, columns: int) -> dict[str, tuple]:
         """Return name -> (shape, dtype) of the steps of so many rows and columns in an artifact."""
@@ -3259,10 +3233,6 @@ class FisherSteps(ClipSteps):
     """Steps of rows and columns that equalise the loss expected of rounding; they never clip."""
 
     gradients, column_bytes = True, 0.6
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.trellis = config.trellis
 
     def statistics(self):
         """Return shapes: besides "inputs." (x xT), weighted by gradients here, these.
@@ -3312,7 +3282,7 @@ class FisherSteps(ClipSteps):
 
     def codes(self, group, multiplier, solved):
         """As ClipSteps, but of codes only rounded, noise stands for GPTQ's feedback."""
-        w, factors, plan = group.w_NRC, group.factors, group.plan
+        w, factors, plan, most = group.w_NRC, group.factors, group.plan, INT8_MAX_CODE
         columns = steps_from_codes(plan.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(plan.rows_NR, (OCTAVE * largest.double().log2()).ceil())
@@ -3321,22 +3291,21 @@ class FisherSteps(ClipSteps):
         if solved and (group.spec.gptq or self.trellis):
             if not group.spec.gptq:  # no feedback
                 factors = factor_hessians(torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC))
-            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
-                         plan.answers if self.trellis else None)
+            codes = gptq(w, factors, steps, most, columns, plan.answers if self.trellis else None)
         else:
             codes = w / steps[:, :, None] / columns[:, None, :]
             if group.spec.gptq:
                 random = torch.Generator(w.device).manual_seed(0)
                 codes += plan.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
-            codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
+            codes = codes.round().clamp(-most, most).to(torch.int8)
         return codes, rows, plan.columns_NC
 
     def step_forms(self, rows, columns):
         return {"steps": ((rows,), torch.int8), "column_steps": ((columns,), torch.int8)}
 
     def read_steps(self, stored, multiplier):
-        return (multiplier * steps_from_codes(stored["steps"]),
-                steps_from_codes(stored["column_steps"]))
+        rows, columns = stored["steps"], stored["column_steps"]
+        return multiplier * steps_from_codes(rows), steps_from_codes(columns)
 
 
 STEP_RULES = {"fisher": FisherSteps, "sdclip": ClipSteps}
@@ -3350,33 +3319,24 @@ class Quantizer:
     calibration). Same-shape tensors of a kind are worked on at once, on `device`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], known: dict[str, Tensor], config: Config,
-                 device):
-        self.weights, self.config, self.memo = weights, config, {}
+    def __init__(self, weights: dict[str, Tensor], known: dict, config: Config, device):
+        self.weights, self.config, self.memo, self.redamped = weights, config, {}, {}
         self.rule, self.specs = STEP_RULES[config.rule](config), quant_specs(config)
-        self.order, self.groups, by_form = list(coded(config)), [], {}
+        self.order, self.groups, self.gptq_names, by_form = list(coded(config)), [], [], {}
         for name, entry in coded(config).items():
             by_form.setdefault((entry.kind, entry.shape), []).append(name)
-        # where none was taken, GPTQ's of the value embedding is that of its projection P: PT P
+        # of the value embedding, where calibration has none: PT P of its projection P, as published
         projection = weights.get("ve.proj.weight", torch.eye(config.ve_dim))
         known = {f"inputs.{VALUE_TABLE}": projection.T @ projection} | known
         for (kind, _), names in by_form.items():
             w = torch.stack([weights[name] for name in names]).to(device)
             self.groups.append(group := Group(names, kind, self.specs[kind], w))
+            self.gptq_names += names if group.spec.gptq else []
             if group.spec.gptq or self.rule.gradients:
                 group.factors = factor_hessians(group.stack(known, "inputs."))
+                damps = zip(names, group.factors.damp_N.tolist())
+                self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
         self.rule.plan(self.groups, known)
-
-    @property
-    def gptq_names(self) -> list[str]:
-        return [name for group in self.groups if group.spec.gptq for name in group.names]
-
-    @property
-    def redamped(self) -> dict[str, float]:
-        """Return the damping of each Hessian that needed more than usual."""
-        return {name: damp for group in self.groups if group.factors
-                for name, damp in zip(group.names, group.factors.damp_N.tolist())
-                if damp > GPTQ_DAMP}
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
         """Return name -> (codes (R, C) int8, stored row steps, column steps) at a step multiplier.
@@ -3392,32 +3352,27 @@ class Quantizer:
         return self.memo[multiplier, solved]
 
     def classes_at(self, multiplier: float, solved: bool = True):
-        """Return all codes (n,) and their classes (n,) in order, and the classes' two parts."""
-        found = self.codes_at(multiplier, solved)
-        codes = [found[name][0] for name in self.order]
-        parts = [size_classes(code) for code in codes]
-        classes = torch.cat([element_classes(*part) for part in parts])
-        return (torch.cat([code.flatten() for code in codes]), classes,
-                [torch.cat(part) for part in zip(*parts)])
+        """Return all codes (n,), their classes (n,), and steps and classes by names in a file."""
+        codes, *steps = zip(*(self.codes_at(multiplier, solved)[name] for name in self.order))
+        rows, columns = zip(*map(size_classes, codes))
+        side = dict(zip(("steps", "column_steps"), steps), row_classes=rows, column_classes=columns)
+        return (torch.cat([code.flatten() for code in codes]),
+                torch.cat([*map(element_classes, rows, columns)]),
+                {name: torch.cat(parts) for name, parts in side.items()})
 
     def tensors_at(self, multiplier: float, solved: bool = True) -> dict[str, Tensor]:
         """Return the artifact's tensors: small ones by name, steps, classes and coded codes.
 
         solved False: all but the codes.
         """
-        found = self.codes_at(multiplier, solved)
-        codes, classes, parts = self.classes_at(multiplier, solved)
         tensors = {name: self.weights[name].to(DTYPES[entry.kind])
                    for name, entry in inventory(self.config).items() if entry.kind not in CODED}
         if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{', '.join(bad[:3])}: not finite or too large for float16: training "
                              "diverged, or set CONTROL_DTYPE=float32 FP16_MAX_NUMEL=0")
-        steps = zip(*(found[name][1:] for name in self.order))
-        tensors.update(zip(("steps", "column_steps"), map(torch.cat, steps)))
-        tensors.update(zip(("row_classes", "column_classes"), parts))
-        if solved:
-            tensors.update(encode_codes(codes, classes, self.config.compressor))
-        return tensors
+        codes, classes, side = self.classes_at(multiplier, solved)
+        coded_codes = encode_codes(codes, classes, self.config.compressor) if solved else {}
+        return tensors | side | coded_codes
 
     def bits(self, multiplier: float, kind: str) -> float:
         """Return the mean order-0 entropy in bits of a code of the given kind."""
@@ -3447,8 +3402,7 @@ def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
     return fit_budget(estimate_at, pack_at, limit_bytes, report)
 
 
-def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
-                    origin) -> dict[str, Tensor]:
+def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config, origin) -> dict:
     """Return the fp32 weights by parameter name that an artifact stands for.
 
     Raises ContainerError where a tensor is missing, extra, or of another shape than the model's,
@@ -3551,9 +3505,8 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
     """
     (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
-    rank, ranks = runtime.rank, runtime.world_size
-    share = slice(len(starts) * rank // ranks, len(starts) * (rank + 1) // ranks)
-    starts, first_scored = starts[share], first_scored[share]
+    at, end = (len(starts) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
+    starts, first_scored = starts[at:end], first_scored[at:end]
     tokens, _ = on_device(text, runtime.device)
     place = torch.arange(seq_len, device=runtime.device)
     for first in np.unique(first_scored).tolist():
@@ -3581,17 +3534,15 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
     """
     seq_len, stride, batch = windows
     journal = {} if journal is None else journal
-    _, target_bytes = on_device(text, runtime.device)
-    starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
-    planned = len(starts) // runtime.world_size
+    _, sizes = on_device(text, runtime.device)
+    planned = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) // runtime.world_size
     sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
     batches = window_batches(text, windows, runtime)
     at_once = max(1, STRETCH_TOKENS // (batch * seq_len))
     with torch.inference_mode():
         for unit, stretch in enumerate(iter(lambda: list(itertools.islice(batches, at_once)), [])):
             if unit not in journal:
-                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch],
-                                       target_bytes)
+                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch], sizes)
             sums += torch.tensor(journal[unit], dtype=torch.float64)
             done += sum(len(one.tokens) for one in stretch)
             if progress:
