@@ -1984,8 +1984,11 @@ class Step(NamedTuple):
 class Layout(NamedTuple):
     """The virtual layers of a forward pass and what flows between them; an argument of it."""
 
-    order: tuple[int, ...]
     steps: tuple[Step, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return tuple(step.layer for step in self.steps)
 
 
 class Phase(NamedTuple):
@@ -2003,11 +2006,13 @@ def plan_layout(order: tuple[int, ...], config: Config) -> Layout:
     that arrive after the split reach the attention lane (PR #1395) or, with SKIP_TO_LANES=0, are
     lost (PR #1471).
     """
-    border, end = len(order) // 2, len(order)
-    split_layer = config.parallel_start_layer if config.lanes_split else config.num_layers
-    lanes_from = next((at for at in range(border, end) if order[at] >= split_layer), end)
-    skips = min(skip_rows(config), end if config.skip_to_lanes else lanes_from - border + 1)
-    return Layout(tuple(order), tuple(
+    border, end, skips = len(order) // 2, len(order), skip_rows(config)
+    late = (at for at in range(border, end)
+            if config.lanes_split and order[at] >= config.parallel_start_layer)
+    lanes_from = next(late, end)
+    if not config.skip_to_lanes:
+        skips = min(skips, lanes_from - border + 1)
+    return Layout(tuple(
         Step(layer, saves=at < border, skip=at - border if 0 <= at - border < skips else None,
              splits=at == lanes_from, last=at == end - 1) for at, layer in enumerate(order)))
 
@@ -2019,10 +2024,10 @@ def skip_rows(config: Config) -> int:
 
 def phases(config: Config) -> list[Phase]:
     """Return the parts of training in order; the last one's layout is the model's from then on."""
-    parts = (Span(0), config.base_order), (config.recur_start, config.recurrent_order)
-    found = [Phase(start, plan_layout(order, config), config.train_seq_len)
-             for start, order in parts]
-    return found[:1] if found[0].layout == found[1].layout else found
+    first = Phase(Span(0), plan_layout(config.base_order, config), config.train_seq_len)
+    recurrent = first._replace(start=config.recur_start,
+                               layout=plan_layout(config.recurrent_order, config))
+    return [first] if recurrent.layout == first.layout else [first, recurrent]
 
 
 def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Parameter:
@@ -2031,8 +2036,7 @@ def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Paramet
     start: values spread over the shape, or a function of torch.nn.init.
     """
     made: Any = nn.Parameter(torch.empty(shape, dtype=dtype))
-    made.role = role
-    made.start = start if callable(start) else lambda *_, **__: torch.tensor(start)
+    made.role, made.start = role, start
     return made
 
 
@@ -2042,7 +2046,8 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=2.0 ** -23)
 
 
-def rotary_tables(length: int, dims: int, base: float, train_len: int, like: Tensor):
+def rotary_tables(length: int, dims: int, base: float, train_len: int,
+                  like: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin (length, dims/2), computed in fp32, in the dtype of `like`.
 
     Beyond the training length the base grows (NTK scaling).
@@ -2066,6 +2071,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Pass(NamedTuple):
     """What every layer of one forward shares."""
 
+    batch: Batch
     x0: Tensor  # (B, T, D): the normed embeddings
     rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2)
     value: Any  # (B, T, G * K): the value embedding, if there is one
@@ -2135,7 +2141,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One physical layer: a stream after each of its halves. How they follow is Lanes' matter."""
+    """One physical layer: what its two halves add to a stream. How they follow is Lanes' matter."""
 
     def __init__(self, config: Config, layer: int, attend):
         super().__init__()
@@ -2145,25 +2151,31 @@ class Block(nn.Module):
         self.resid_mix = parameter(Role.CONTROL, [[1.0], [0.0]], 2, config.model_dim)
         self.norm_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
-    def attended(self, x: Tensor, here: Pass) -> Tensor:
-        """Return a stream, mixed with x0, and what heads read, at the positions kept."""
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * here.x0
-        added = self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
-        return x[:, here.kept] + added
+        return mix[0] * x + mix[1] * x0
+
+    def attended(self, x: Tensor, here: Pass) -> Tensor:
+        return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
 
     def fed_forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
 class OneStream:
     """How a block's halves act on the residual stream: attention, then the MLP on its sum.
 
-    Other ways have several streams, into which they split it; skips join the first one.
+    Other ways have several streams; skips join the first one.
     """
 
-    def step(self, block: Any, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
-        return (block.fed_forward(block.attended(streams[0], here)),)
+    def split(self, x: Tensor, here: Any) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
+        x = block.mix(streams[0], here.x0)
+        added = block.attended(x, here)
+        x = x[:, here.kept] + added
+        return (x + block.fed_forward(x),)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
         return streams[0]
@@ -2175,11 +2187,13 @@ class ScalarLanes(OneStream):
     def __init__(self, share: Any):
         self.share = share
 
-    def split(self, x: Tensor, here: Pass) -> tuple[Tensor, ...]:
+    def split(self, x, here):
         return x, x[:, here.asked]  # the MLP's never reads another position
 
     def step(self, block, streams, here):
-        return block.attended(streams[0], here), block.fed_forward(streams[1])
+        x = block.mix(streams[0], here.x0)
+        added = block.attended(x, here)
+        return x[:, here.kept] + added, streams[1] + block.fed_forward(streams[1])
 
     def merge(self, streams):
         share = self.share.to(streams[0].dtype)
@@ -2223,14 +2237,16 @@ class GPT(nn.Module):
     which length on rotation slows down (TRAIN_SEQ_LEN unless given).
     """
 
-    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32, train_len=None):
+    def __init__(self, config: Config, attend=attention_sdpa, dtype=torch.float32,
+                 train_len: int | None = None):
         super().__init__()
-        dim, self.softcap = config.model_dim, config.logit_softcap
-        self.tok_emb = Embedding(config.vocab_size, dim, dtype, config.tied_embed_init_std)
+        self.softcap = config.logit_softcap
+        self.tok_emb = Embedding(config.vocab_size, config.model_dim, dtype,
+                                 config.tied_embed_init_std)
         adds = config.ve_enabled and config.ve_layers
         self.ve: Any = ValueEmbedding(config, dtype) if adds else None
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.num_layers))
-        size = skip_rows(config), dim
+        size = skip_rows(config), config.model_dim
         self.skip_weights = parameter(Role.CONTROL, 1.0, *size)
         self.skip_gates = parameter(Role.CONTROL, 0.0, *size) if config.skip_gates_enabled else None
         # not in the lanes' own hands: files know it by this name
@@ -2249,7 +2265,10 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         parameters: Any = self.parameters()
         for p in parameters:
-            p.copy_(p.start(torch.empty(p.shape), generator=generator))
+            if callable(p.start):
+                p.copy_(p.start(torch.empty(p.shape), generator=generator))
+            else:
+                p.copy_(torch.tensor(p.start))
 
     def forward(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
@@ -2257,17 +2276,18 @@ class GPT(nn.Module):
         x0, length = rms_norm(self.tok_emb(tokens)), tokens.shape[1]
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables = self.tables[length] if length in self.tables else self.rotary(length)
-        asked = slice(length - batch.targets.shape[1], None)
-        here = Pass(x0, tables, value, scales, asked, slice(None))
-        streams: tuple[Tensor, ...] = (x0,)
+        asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
+        here = Pass(batch, x0, tables, value, scales, asked, slice(None))
         for step in layout.steps:
+            block: Any = self.blocks[step.layer]
             if step.skip is not None:
-                streams = self.blend_skip(step.skip, streams[0], waiting.pop()), *streams[1:]
+                x, *others = streams
+                streams = self.blend_skip(step.skip, x, waiting.pop()), *others
             if step.splits:
                 lanes, streams = self.lanes, self.lanes.split(streams[0], here)
             if step.last:
                 here = here._replace(kept=asked)
-            streams = lanes.step(self.blocks[step.layer], streams, here)
+            streams = lanes.step(block, streams, here)
             if step.saves:
                 waiting.append(streams[0])
         return rms_norm(lanes.merge(streams))
@@ -2297,6 +2317,10 @@ class GPT(nn.Module):
 
 # == 6 Optimizer: flat buffers, Muon, AdamW, schedule, average ====================================
 
+# Role -> the settings of its peak learning rate and of its weight decay. Matrices get Muon, the
+# others AdamW, all of a role as one flat parameter.
+RATES = {Role.EMBED: ("tied_embed_lr", "embed_wd"), Role.MATRIX: ("matrix_lr", "muon_wd"),
+         Role.CONTROL: ("scalar_lr", "adam_wd")}
 # (a, b, c) of a Newton-Schulz iteration X <- a X + (b P + c P P) X with P = X XT. Source: K. Jordan
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 
@@ -2314,8 +2338,9 @@ def schedule(config: Config, step: int, progress: float) -> Rates:
 
     Source: PR #1471.
     """
-    ending = config.warmdown_frac and progress >= 1 - config.warmdown_frac
-    multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr) if ending else 1.0
+    multiplier = 1.0
+    if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
+        multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
     warmed = config.muon_warmup.done(step, progress)
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
     return Rates(multiplier, momentum)
@@ -2325,14 +2350,45 @@ def partition(model: nn.Module) -> dict[Role, list[nn.Parameter]]:
     """Return every parameter under its role; raises AssertionError if one has none."""
     groups: dict[Role, list[nn.Parameter]] = {role: [] for role in Role}
     for p in model.parameters():
-        assert hasattr(p, "role"), "a parameter without owner"
-        groups[p.role].append(p)
+        role = getattr(p, "role", None)
+        assert role, "a parameter without owner"
+        groups[role].append(p)
     return groups
+
+
+class Stack(NamedTuple):
+    """Parameters of a role that lie side by side in the flat buffer of their dtype.
+
+    Of matrices, all of one shape. at: where each begins.
+    """
+
+    params: list[nn.Parameter]
+    at: list[int]
+    span: slice
 
 
 def room(p: nn.Parameter) -> int:
     """Return the elements set aside for `p`: its own, rounded up to a multiple of 64."""
     return -(-p.numel() // 64) * 64
+
+
+def lay_out(groups: dict[Role, list[nn.Parameter]], shares: int) -> list[Stack]:
+    """Return where every parameter lies: embeddings, matrices by shape, controls.
+
+    The number of matrices of a shape is rounded up to a multiple of `shares`.
+    """
+    shapes: dict[Any, list] = {}
+    for p in sorted(groups[Role.MATRIX], key=lambda p: p.shape):
+        shapes.setdefault(p.shape, []).append(p)
+    stacks, ends = [], Counter()  # where each dtype's buffer ends so far
+    for params in (groups[Role.EMBED], *shapes.values(), groups[Role.CONTROL]):
+        dtype = params[0].dtype
+        start, *at, end = itertools.accumulate(map(room, params), initial=ends[dtype])
+        if params[0].role is Role.MATRIX:
+            end += -len(params) % shares * room(params[0])
+        stacks.append(Stack(params, [start, *at], slice(start, end)))
+        ends[dtype] = end
+    return stacks
 
 
 class Bank:
@@ -2343,30 +2399,20 @@ class Bank:
     """
 
     def __init__(self, groups: dict[Role, list[nn.Parameter]], shares: int = 1):
-        """Lay out embeddings, matrices by shape, controls.
-
-        The number of matrices of a shape is rounded up to a multiple of `shares`.
-        """
-        self.adam: dict[Role, Any] = {}
-        # ends: where each dtype's buffer ends so far
-        self.offsets, self.matrices, stacks, ends = {}, [], [], Counter()
-        matrices = sorted(groups[Role.MATRIX], key=lambda p: p.shape)
-        alike = [list(same) for _, same in itertools.groupby(matrices, lambda p: p.shape)]
-        for params in (groups[Role.EMBED], *alike, groups[Role.CONTROL]):
-            first: Any = params[0]
-            for p in params:
-                self.offsets[p] = ends[p.dtype]
-                ends[p.dtype] += room(p)
-            if first.role is Role.MATRIX:
-                ends[first.dtype] += -len(params) % shares * room(first)
-            stacks.append((first, params, slice(self.offsets[first], ends[first.dtype])))
-        self.weights = {dtype: first.new_zeros(end, dtype=dtype) for dtype, end in ends.items()}
+        stacks = lay_out(groups, shares)
+        ends = {stack.params[0].dtype: stack.span.stop for stack in stacks}
+        self.weights = {dtype: torch.zeros(end, dtype=dtype, device=stacks[0].params[0].device)
+                        for dtype, end in ends.items()}
         self.grads = {dtype: torch.zeros_like(flat) for dtype, flat in self.weights.items()}
-        for first, params, span in stacks:
+        self.offsets, self.matrices = {}, []
+        self.adam: dict[Role, Any] = {}
+        for params, at, span in stacks:
+            self.offsets.update(zip(params, at))
             for p in params:
                 view = self.view(self.weights, p)
                 view.copy_(p.data)
                 p.data, p.grad = view, self.view(self.grads, p)
+            first: Any = params[0]
             weights, grads = self.weights[first.dtype][span], self.grads[first.dtype][span]
             if first.role is Role.MATRIX:  # weights (N, R, C), gradients (N, room), how many
                 weights, grads = (flat.view(-1, room(first)) for flat in (weights, grads))
@@ -2411,11 +2457,11 @@ class Optimizers:
         self.bank = Bank(partition(model), runtime.world_size)
         self.momenta = [weights.new_zeros(len(weights) // runtime.world_size, *weights.shape[1:])
                         for weights, *_ in self.bank.matrices]
-        self.muon_lr, self.muon_decay = config.matrix_lr, config.muon_wd
+        rates = {role: [getattr(config, name) for name in names] for role, names in RATES.items()}
+        self.muon_lr, self.muon_decay = rates[Role.MATRIX]
         self.iterations = [NEWTON_SCHULZ] * config.muon_backend_steps
-        groups = [dict(params=[self.bank.adam[role]], peak_lr=lr, weight_decay=decay)
-                  for role, lr, decay in ((Role.EMBED, config.tied_embed_lr, config.embed_wd),
-                                          (Role.CONTROL, config.scalar_lr, config.adam_wd))]
+        groups = [dict(params=[p], lr=rates[role][0], peak_lr=rates[role][0],
+                       weight_decay=rates[role][1]) for role, p in self.bank.adam.items()]
         self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
                                        eps=config.adam_eps, fused=runtime.device.type == "cuda")
 
@@ -2434,8 +2480,9 @@ class Optimizers:
         squares = [torch.stack([g.float().norm().square() for g in part]).sum()
                    for part in (self.owned, shared)]
         norm = (self.runtime.sum_(squares[0]) + squares[1]).sqrt() / self.runtime.world_size
-        clipped = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        factor = clipped if self.clip_norm else torch.ones_like(norm)
+        factor = torch.ones_like(norm)
+        if self.clip_norm:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for part in (*self.owned, *shared):
             part.mul_(factor / self.runtime.world_size)
         return norm
