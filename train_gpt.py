@@ -1196,8 +1196,7 @@ class Log:
 MAGIC = b"PGOLF\x00\x01\n"
 # a header of a thousand layers has 400 kB of text; JSON takes 25 times its own length as objects
 MAX_HEADER_BYTES, MAX_TENSOR_BYTES = 1 << 20, 4 << 30
-DTYPES = {name: getattr(torch, name)
-          for name in ("float32", "float16", "int8", "int16", "float64")}
+DTYPES = {name: getattr(torch, name) for name in "float32 float16 int8 int16 float64".split()}
 CODECS = ("raw", "brotli", "lzma")
 
 
@@ -1259,8 +1258,7 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
     start, end = len(MAGIC) + 4, len(data) - 32  # of the header; of all that the checksum covers
     require(start <= end and data[:6] == MAGIC[:6], "not a file of this script")
     require(data[:8] == MAGIC, f"container version {data[6]} is not {MAGIC[6]}")
-    require(hashlib.sha256(data[:end]).digest() == data[end:],
-            "checksum does not match (truncated or damaged)")
+    require(hashlib.sha256(data[:end]).digest() == data[end:], "truncated or damaged (checksum)")
     at = start + int.from_bytes(data[len(MAGIC):start], "little")
     require(at <= end and at - start <= MAX_HEADER_BYTES, "impossible header length")
     left = MAX_TENSOR_BYTES  # of all tensors together
@@ -2754,8 +2752,7 @@ INT8_MAX_CODE = 127
 MULTIPLIER_RANGE = (0.35, 4.0)
 
 
-@dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(NamedTuple):
     """How matrices of one kind become codes: range +-max_code, radius of k row stds, least step.
 
     power: of Fisher information in their rows' steps.
@@ -2792,8 +2789,7 @@ def round_to_nearest(w_NRC: Tensor, radius_NR: Tensor, steps_NR: Tensor, max_cod
     return (clipped / steps_NR[:, :, None]).round().clamp(-max_code, max_code).to(torch.int8)
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """What GPTQ needs of Hessians (N, C, C).
 
     The order of columns, the upper Cholesky factor of the inverse, which inputs never act, and
@@ -3098,10 +3094,8 @@ def gptq(w_NRC: Tensor, factors: Factors, steps_NR: Tensor, max_code: int,
     work = work.transpose(1, 2).take_along_dim(order, 1)
     scale = torch.ones_like(upper[:, 0]) if columns_NC is None else columns_NC.to(w_NRC.dtype)
     scale = scale.gather(1, factors.order_NC)
-    if trellis is None:
-        code: Any = functools.partial(rounded_columns, max_code=max_code)
-    else:
-        code = TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code
+    code: Any = (functools.partial(rounded_columns, max_code=max_code) if trellis is None else
+                 TrellisWave(work, trellis * steps.mT / steps if trellis.numel() else None).code)
     codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, work.shape[1], GPTQ_BLOCK):
         at, after = slice(start, start + GPTQ_BLOCK), slice(start + GPTQ_BLOCK, None)
@@ -3126,8 +3120,7 @@ def moved_aims(factors: Factors, steps_NR: Tensor, columns_NC: Tensor, answers: 
     return (moved.clamp_min(0.0) / 12).sqrt()
 
 
-def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | float = 1.0,
-               trellis: bool = False) -> Tensor:
+def dequantize(codes: Tensor, steps: Tensor, columns: Any = 1.0, trellis: bool = False) -> Tensor:
     """Return the weights (R, C), fp32, that codes and steps of rows and columns stand for."""
     levels = trellis_levels(codes) if trellis else codes.float()
     return levels * steps[..., None] * columns
@@ -3136,8 +3129,7 @@ def dequantize(codes: Tensor, steps: Tensor, columns: Tensor | float = 1.0,
 def gaussian_bits(step: float, max_code: int) -> float:
     """Return the bits of a unit Gaussian rounded to multiples of `step`, clipped at +-max_code."""
     edges = (np.arange(-max_code, max_code) + 0.5) * step
-    below = [0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges]
-    shares = np.diff([0.0, *below, 1.0])
+    shares = np.diff([0.0, *(0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges), 1.0])
     shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum())
 
@@ -3165,8 +3157,7 @@ def fit_budget(estimate_at, pack_at, limit_bytes: int, report) -> tuple[float, b
         packed = pack_at(multiplier)
         report(multiplier, estimates[multiplier], len(packed))
         fits, unused = len(packed) <= limit_bytes, limit_bytes - len(packed)
-        at_end = multiplier == MULTIPLIER_RANGE[0 if fits else 1]
-        if at_end or 0 <= unused <= 0.001 * limit_bytes:
+        if multiplier == MULTIPLIER_RANGE[0 if fits else 1] or 0 <= unused <= 0.001 * limit_bytes:
             return multiplier, packed
         if fits not in seen or abs(unused) < abs(limit_bytes - len(seen[fits][1])):
             seen[fits] = multiplier, packed
@@ -3319,9 +3310,8 @@ def encode_codes(codes: Tensor, classes: Tensor, coder: str) -> dict[str, Tensor
     tables = rans_tables(class_counts(codes, classes))
     symbols = codes.numpy().view(np.uint8) ^ 128  # code + 128
     stream, states = rans_encode(symbols, classes.numpy(), tables)
-    found = {"tables": tables.astype(np.int16), "states": states.view(np.int16),
-             "stream": stream.view(np.int16)}
-    return {name: torch.from_numpy(array) for name, array in found.items()}
+    found = dict(tables=tables, states=states, stream=stream)
+    return {name: torch.from_numpy(array.astype(np.int16)) for name, array in found.items()}
 
 
 def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Tensor:
@@ -3344,21 +3334,18 @@ def decode_codes(tensors: dict[str, Tensor], classes: Tensor, coder: str) -> Ten
 
 # == 8b Artifact: which tensor is stored how, the model as bytes and back =========================
 
-# Kind of codes -> (codes to +-, clip radius in row stds at multiplier 1). Other kinds are dtypes.
-INT6, INT8 = "int6", "int8"
-CODED = {INT6: (31, 12.85), INT8: (INT8_MAX_CODE, 20.0)}
+CODED = INT6, INT8 = "int6", "int8"  # kinds of codes; other kinds are dtypes
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One parameter of a model: its shape, its role, and how it is stored (CODED or a dtype)."""
 
     shape: tuple[int, ...]
     role: Role
     kind: str
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    numel = property(lambda self: math.prod(self.shape))
 
 
 @functools.cache
@@ -3379,8 +3366,7 @@ def coded(config: Config) -> dict[str, Entry]:
 
 def count_parameters(config: Config, *roles: Role) -> int:
     """Return the number of weights of these roles, or of all."""
-    return sum(entry.numel for entry in inventory(config).values()
-               if entry.role in (roles or Role))
+    return sum(e.numel for e in inventory(config).values() if e.role in (roles or Role))
 
 
 def weight_forms(config: Config) -> dict:
@@ -3390,12 +3376,10 @@ def weight_forms(config: Config) -> dict:
 
 def quant_specs(config: Config) -> dict[str, QuantSpec]:
     """Return how each kind of codes is made at multiplier 1."""
-    given = {INT6: (config.sdclip_k, config.scale_floor, True, config.row_power),
-             INT8: (config.sdclip_k_embed, config.scale_floor_embed, config.embed_gptq,
-                    config.embed_power)}
-    return {kind: QuantSpec(CODED[kind][0], k or CODED[kind][1], floor,
-                            config.gptq_enabled and gptq, power)
-            for kind, (k, floor, gptq, power) in given.items()}
+    c = config
+    return {INT6: QuantSpec(31, c.sdclip_k or 12.85, c.scale_floor, c.gptq_enabled, c.row_power),
+            INT8: QuantSpec(INT8_MAX_CODE, c.sdclip_k_embed or 20.0, c.scale_floor_embed,
+                            c.gptq_enabled and c.embed_gptq, c.embed_power)}
 
 
 @dataclass
@@ -3413,6 +3397,10 @@ class Group:
     factors: Any = None
     plan: Any = None
 
+    def stack(self, known: dict[str, Tensor], kind: str) -> Tensor:
+        """Return a statistic of all its tensors as one."""
+        return torch.stack([known[kind + name] for name in self.names]).to(self.w_NRC.device)
+
 
 class ClipSteps:
     """Steps by SDClip: k standard deviations of a row span its codes. Source: PR #1394.
@@ -3421,11 +3409,12 @@ class ClipSteps:
     makes codes at a multiplier, and reads back the steps it had stored.
     """
 
-    gradients, trellis = False, False  # does calibration need them; do codes depend on each other
+    gradients = False  # does calibration need them
     column_bytes = 0.2  # what a column of codes takes besides its codes, as seen
 
     def __init__(self, config: Config):
         self.config = config
+        self.trellis = self.gradients and config.trellis  # do codes depend on each other
 
     def statistics(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each statistic by name: "inputs." mean x xT of a weight's inputs.
@@ -3435,16 +3424,6 @@ class ClipSteps:
         specs = quant_specs(self.config)
         return {f"inputs.{name}": 2 * entry.shape[1:] for name, entry in coded(self.config).items()
                 if specs[entry.kind].gptq and name != VALUE_TABLE}
-
-    def hessians(self, known: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the Hessians by weight."""
-        found = {name.removeprefix("inputs."): value for name, value in known.items()
-                 if name.startswith("inputs.")}
-        if known and VALUE_TABLE in weights and VALUE_TABLE not in found:
-            width = weights[VALUE_TABLE].shape[1]
-            projection = weights.get("ve.proj.weight", torch.eye(width))
-            found[VALUE_TABLE] = projection.T @ projection
-        return found
 
     def plan(self, groups: list[Group], known: dict[str, Tensor]):
         """Fill the groups' plans."""
@@ -3457,49 +3436,41 @@ class ClipSteps:
 
         solved False: rounded to nearest, quick and near in size.
         """
-        w, spec = group.w_NRC, group.spec
+        w, spec, most = group.w_NRC, group.spec, group.spec.max_code
         radius = clip_radius(w, spec, multiplier)
         steps = step_sizes(radius, spec)
         stored = steps.half()
-        if solved and group.factors:
-            codes = gptq(w, group.factors, stored, spec.max_code)
-        else:  # int8 tables are rounded against the fp32 step, as published
-            codes = round_to_nearest(w, radius, steps if group.kind == INT8 else stored,
-                                     spec.max_code)
-        return codes, stored
+        if solved and spec.gptq:
+            return gptq(w, group.factors, stored, most), stored
+        # int8 tables are rounded against the fp32 step, as published
+        return round_to_nearest(w, radius, steps if group.kind == INT8 else stored, most), stored
 
     def step_forms(self, rows: int, columns: int) -> dict[str, tuple]:
         """Return name -> (shape, dtype) of the steps of so many rows and columns in an artifact."""
         return {"steps": ((rows,), torch.float16)}
 
-    def read_steps(self, stored: dict[str, Tensor], columns: int,
-                   multiplier: float) -> tuple[Tensor, Tensor]:
-        """Return the steps of rows and of columns, fp32, from what was stored."""
-        return stored["steps"].float(), torch.ones(columns)
+    def read_steps(self, stored: dict[str, Tensor], multiplier: float) -> tuple[Tensor, Tensor]:
+        """Return the steps of rows and of columns, fp32, from an artifact's tensors."""
+        return stored["steps"].float(), torch.ones(len(stored["column_classes"]))
 
 
 class Plan(NamedTuple):
     """Steps by sensitivity of a Group at multiplier 1.
 
-    costs_NR: what an error in each row costs. answers: of `couple_rows`, where rows are coupled.
-    rows_NR, columns_NC: log2 steps, OCTAVE codes a doubling. moved_NRC: of `moved_aims`.
+    answers: of `couple_rows`, where rows are coupled. rows_NR, columns_NC: log2 steps, OCTAVE codes
+    a doubling. moved_NRC: of `moved_aims`.
     """
 
-    costs_NR: Tensor
-    answers: Tensor = UNCOUPLED
-    rows_NR: Any = None
-    columns_NC: Any = None
-    moved_NRC: Any = None
+    answers: Tensor
+    rows_NR: Tensor
+    columns_NC: Tensor
+    moved_NRC: Tensor
 
 
 class FisherSteps(ClipSteps):
     """Steps of rows and columns that equalise the loss expected of rounding; they never clip."""
 
     gradients, column_bytes = True, 0.6
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.trellis = config.trellis
 
     def statistics(self):
         """Return shapes: besides "inputs." (x xT), weighted by gradients here, these.
@@ -3517,44 +3488,39 @@ class FisherSteps(ClipSteps):
 
     def plan(self, groups, known):
         """Plan steps that are on average those of SDClip's k."""
-        plans, offsets, weights = [], 0.0, 0
+        ends, offsets, weights = [], 0.0, 0
         for group in groups:
-            w, spec = group.w_NRC, group.spec
-            plan = self.costs(group, known)
-            rows, columns = sensitive_steps(plan.costs_NR, group.factors, spec.power,
-                                            self.config.column_power)
+            w, spec, factors = group.w_NRC, group.spec, group.factors
+            costs, answers = self.costs(group, known)
+            rows, columns = sensitive_steps(costs, factors, spec.power, self.config.column_power)
             usual = (clip_radius(w, spec, 1.0) / spec.max_code).double().log2()
             alive = w.std(dim=2) > 0  # the others need no bits
             offsets += float((usual - rows)[alive].sum()) * w.shape[2]
             weights += int(alive.sum()) * w.shape[2]
-            group.plan = plan._replace(
-                columns_NC=(OCTAVE * columns).round().clamp(-127, 127).to(torch.int8),
-                moved_NRC=moved_aims(group.factors, 2 ** rows, 2 ** columns, plan.answers))
             # coupled rows of small weights may have to answer large errors of others
-            ends = usual - 6, usual + (99 if plan.answers.numel() else 4)
-            plans.append((group, rows, ends))
+            ends.append((usual - 6, usual + (99 if answers.numel() else 4)))
+            moved = moved_aims(factors, 2 ** rows, 2 ** columns, answers)
+            columns = (OCTAVE * columns).round().clamp(-127, 127).to(torch.int8)
+            group.plan = Plan(answers, rows, columns, moved)
         shift = offsets / max(1, weights)
-        for group, rows, ends in plans:
-            rows = (OCTAVE * (rows + shift).clamp(*ends)).round()
+        for group, (least, most) in zip(groups, ends):
+            rows = (OCTAVE * (group.plan.rows_NR + shift).clamp(least, most)).round()
             group.plan = group.plan._replace(rows_NR=rows)
 
-    def costs(self, group: Group, known: dict[str, Tensor]) -> Plan:
+    def costs(self, group: Group, known: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return what errors in a group's rows cost, and how rows below answer them."""
-        def stack(kind):
-            return torch.stack([known[kind + name] for name in group.names]).to(group.w_NRC.device)
-
         if (self.config.couple_rows and self.trellis and group.spec.gptq
                 and couples(*group.w_NRC.shape[1:])
                 and all(f"outputs.{name}" in known for name in group.names)):
-            return Plan(*couple_rows(stack("outputs.")))
-        return Plan(stack("fisher."))
+            return couple_rows(group.stack(known, "outputs."))
+        return group.stack(known, "fisher."), UNCOUPLED
 
     def max_code(self, spec):
         return INT8_MAX_CODE
 
     def codes(self, group, multiplier, solved):
         """As ClipSteps, but of codes only rounded, noise stands for GPTQ's feedback."""
-        w, factors, plan = group.w_NRC, group.factors, group.plan
+        w, factors, plan, most = group.w_NRC, group.factors, group.plan, INT8_MAX_CODE
         columns = steps_from_codes(plan.columns_NC)
         largest = (w.abs() / columns[:, None, :]).amax(2) / (LARGEST_CODE * multiplier)
         rows = torch.maximum(plan.rows_NR, (OCTAVE * largest.double().log2()).ceil())
@@ -3562,24 +3528,22 @@ class FisherSteps(ClipSteps):
         steps = multiplier * steps_from_codes(rows)
         if solved and (group.spec.gptq or self.trellis):
             if not group.spec.gptq:  # no feedback
-                one = torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC)
-                factors = factor_hessians(one)
-            codes = gptq(w, factors, steps, INT8_MAX_CODE, columns,
-                         plan.answers if self.trellis else None)
+                factors = factor_hessians(torch.eye(w.shape[2]).to(w).expand_as(factors.upper_NCC))
+            codes = gptq(w, factors, steps, most, columns, plan.answers if self.trellis else None)
         else:
             codes = w / steps[:, :, None] / columns[:, None, :]
             if group.spec.gptq:
                 random = torch.Generator(w.device).manual_seed(0)
                 codes += plan.moved_NRC * torch.randn(w.shape, generator=random, device=w.device)
-            codes = codes.round().clamp(-INT8_MAX_CODE, INT8_MAX_CODE).to(torch.int8)
+            codes = codes.round().clamp(-most, most).to(torch.int8)
         return codes, rows, plan.columns_NC
 
     def step_forms(self, rows, columns):
         return {"steps": ((rows,), torch.int8), "column_steps": ((columns,), torch.int8)}
 
-    def read_steps(self, stored, columns, multiplier):
-        return (multiplier * steps_from_codes(stored["steps"]),
-                steps_from_codes(stored["column_steps"]))
+    def read_steps(self, stored, multiplier):
+        rows, columns = stored["steps"], stored["column_steps"]
+        return multiplier * steps_from_codes(rows), steps_from_codes(columns)
 
 
 STEP_RULES = {"fisher": FisherSteps, "sdclip": ClipSteps}
@@ -3593,33 +3557,24 @@ class Quantizer:
     calibration). Same-shape tensors of a kind are worked on at once, on `device`.
     """
 
-    def __init__(self, weights: dict[str, Tensor], known: dict[str, Tensor], config: Config,
-                 device):
-        self.weights, self.config, self.memo = weights, config, {}
+    def __init__(self, weights: dict[str, Tensor], known: dict, config: Config, device):
+        self.weights, self.config, self.memo, self.redamped = weights, config, {}, {}
         self.rule, self.specs = STEP_RULES[config.rule](config), quant_specs(config)
-        self.redamped, self.gptq_names, by_form = {}, [], {}
-        self.order = list(coded(config))
+        self.order, self.groups, self.gptq_names, by_form = list(coded(config)), [], [], {}
         for name, entry in coded(config).items():
             by_form.setdefault((entry.kind, entry.shape), []).append(name)
-        hessians = self.rule.hessians(known, weights)
-        self.groups = [self.group(kind, names, hessians, device)
-                       for (kind, _), names in by_form.items()]
+        # of the value embedding, where calibration has none: PT P of its projection P, as published
+        projection = weights.get("ve.proj.weight", torch.eye(config.ve_dim))
+        known = {f"inputs.{VALUE_TABLE}": projection.T @ projection} | known
+        for (kind, _), names in by_form.items():
+            w = torch.stack([weights[name] for name in names]).to(device)
+            self.groups.append(group := Group(names, kind, self.specs[kind], w))
+            self.gptq_names += names if group.spec.gptq else []
+            if group.spec.gptq or self.rule.gradients:
+                group.factors = factor_hessians(group.stack(known, "inputs."))
+                damps = zip(names, group.factors.damp_N.tolist())
+                self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
         self.rule.plan(self.groups, known)
-
-    def group(self, kind: str, names: list[str], hessians: dict[str, Tensor], device) -> Group:
-        """Return tensors of one shape and kind, with the factors of their Hessians."""
-        def stack(tensors):
-            return torch.stack([tensors[name] for name in names]).to(device)
-
-        group = Group(names, kind, self.specs[kind], stack(self.weights))
-        solved = group.spec.gptq and all(name in hessians for name in names)
-        if solved:
-            self.gptq_names += names
-        if solved or self.rule.gradients:
-            group.factors = factor_hessians(stack(hessians))
-            damps = zip(names, group.factors.damp_N.tolist())
-            self.redamped.update((name, damp) for name, damp in damps if damp > GPTQ_DAMP)
-        return group
 
     def codes_at(self, multiplier: float, solved: bool = True) -> dict[str, tuple]:
         """Return name -> (codes (R, C) int8, stored row steps, column steps) at a step multiplier.
@@ -3635,32 +3590,27 @@ class Quantizer:
         return self.memo[multiplier, solved]
 
     def classes_at(self, multiplier: float, solved: bool = True):
-        """Return all codes (n,) and their classes (n,) in order, and the classes' two parts."""
-        found = self.codes_at(multiplier, solved)
-        codes = [found[name][0] for name in self.order]
-        parts = [size_classes(code) for code in codes]
-        classes = torch.cat([element_classes(*part) for part in parts])
-        return (torch.cat([code.flatten() for code in codes]), classes,
-                [torch.cat(part) for part in zip(*parts)])
+        """Return all codes (n,), their classes (n,), and steps and classes by names in a file."""
+        codes, *steps = zip(*(self.codes_at(multiplier, solved)[name] for name in self.order))
+        rows, columns = zip(*map(size_classes, codes))
+        side = dict(zip(("steps", "column_steps"), steps), row_classes=rows, column_classes=columns)
+        return (torch.cat([code.flatten() for code in codes]),
+                torch.cat([*map(element_classes, rows, columns)]),
+                {name: torch.cat(parts) for name, parts in side.items()})
 
     def tensors_at(self, multiplier: float, solved: bool = True) -> dict[str, Tensor]:
         """Return the artifact's tensors: small ones by name, steps, classes and coded codes.
 
         solved False: all but the codes.
         """
-        found = self.codes_at(multiplier, solved)
-        codes, classes, parts = self.classes_at(multiplier, solved)
         tensors = {name: self.weights[name].to(DTYPES[entry.kind])
                    for name, entry in inventory(self.config).items() if entry.kind not in CODED}
         if bad := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{', '.join(bad[:3])}: not finite or too large for float16: training "
                              "diverged, or set CONTROL_DTYPE=float32 FP16_MAX_NUMEL=0")
-        steps = zip(*(found[name][1:] for name in self.order))
-        tensors.update(zip(("steps", "column_steps"), map(torch.cat, steps)))
-        tensors.update(zip(("row_classes", "column_classes"), parts))
-        if solved:
-            tensors.update(encode_codes(codes, classes, self.config.compressor))
-        return tensors
+        codes, classes, side = self.classes_at(multiplier, solved)
+        coded_codes = encode_codes(codes, classes, self.config.compressor) if solved else {}
+        return tensors | side | coded_codes
 
     def bits(self, multiplier: float, kind: str) -> float:
         """Return the mean order-0 entropy in bits of a code of the given kind."""
@@ -3685,14 +3635,12 @@ def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
     rest = len(pack_tensors(header, quantizer.tensors_at(1.0, solved=False), codec))
 
     def estimate_at(multiplier):
-        codes, classes, _ = quantizer.classes_at(multiplier, solved=False)
-        return rest + counted_bytes(class_counts(codes, classes))
+        return rest + counted_bytes(class_counts(*quantizer.classes_at(multiplier, False)[:2]))
 
     return fit_budget(estimate_at, pack_at, limit_bytes, report)
 
 
-def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
-                    origin) -> dict[str, Tensor]:
+def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config, origin) -> dict:
     """Return the fp32 weights by parameter name that an artifact stands for.
 
     Raises ContainerError where a tensor is missing, extra, or of another shape than the model's,
@@ -3700,19 +3648,18 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config,
     """
     if header["coding"] != CODING:
         raise ContainerError(f"{origin}: coded by another train_gpt.py; use the one that wrote it")
-    rule, codes_of, left = STEP_RULES[config.rule](config), coded(config), dict(tensors)
+    rule, codes_of = STEP_RULES[config.rule](config), coded(config)
     rows, columns = ([entry.shape[axis] for entry in codes_of.values()] for axis in (0, 1))
     plain = {name: (entry.shape, DTYPES[entry.kind]) for name, entry in inventory(config).items()
              if name not in codes_of}
-    steps_form = rule.step_forms(sum(rows), sum(columns))
-    forms = plain | steps_form | dict(row_classes=((sum(rows),), torch.int8),
-                                      column_classes=((sum(columns),), torch.int8))
-    check_tensors(left, forms, origin)
-    state = {name: left.pop(name).float() for name in plain}
-    steps = rule.read_steps({name: left.pop(name) for name in steps_form}, sum(columns),
-                            header["multiplier"])
-    classes = [element_classes(*pair) for pair in zip(left.pop("row_classes").split(rows),
-                                                      left.pop("column_classes").split(columns))]
+    forms = plain | rule.step_forms(sum(rows), sum(columns)) | dict(
+        row_classes=((sum(rows),), torch.int8), column_classes=((sum(columns),), torch.int8))
+    check_tensors(tensors, forms, origin)
+    left = {name: tensor for name, tensor in tensors.items() if name not in forms}
+    state = {name: tensors[name].float() for name in plain}
+    steps = rule.read_steps(tensors, header["multiplier"])
+    classes = [*map(element_classes, tensors["row_classes"].split(rows),
+                    tensors["column_classes"].split(columns))]
     try:
         codes = decode_codes(left, torch.cat(classes), config.compressor)
     except (ValueError, LookupError, RuntimeError, TypeError) as error:
@@ -3736,10 +3683,10 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     """Return (code + artifact bytes, remark) as expected for Gaussian weight rows, untrained."""
     # bytes of the header, tables and states; of a column of codes, a row has 1.3; all as seen
     fixed, specs, rule = 2500, quant_specs(config), STEP_RULES[config.rule](config)
-    weights = dict.fromkeys(specs, 0)
+    weights: Counter = Counter()
     for entry in inventory(config).values():
+        weights[entry.kind] += entry.numel
         if entry.kind in specs:
-            weights[entry.kind] += entry.numel
             fixed += int(1.3 * entry.shape[0] + rule.column_bytes * entry.shape[1])
         else:
             fixed += entry.numel * DTYPES[entry.kind].itemsize
@@ -3747,9 +3694,8 @@ def predict_artifact_bytes(config: Config, code_bytes: int) -> tuple[int, str]:
     overhead = {"rans": 1.001, "brotli": 1.012, "lzma": 1.05}[config.compressor]  # as seen
 
     def total(multiplier):
-        bits = sum(weights[kind] * gaussian_bits(multiplier * spec.k / spec.max_code,
-                                                 rule.max_code(spec))
-                   for kind, spec in specs.items())
+        bits = sum(weights[kind] * gaussian_bits(multiplier * s.k / s.max_code, rule.max_code(s))
+                   for kind, s in specs.items())
         return code_bytes + fixed + int(bits / 8 * overhead)
 
     if not config.search_k:
@@ -3797,17 +3743,15 @@ def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Run
     """
     (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
     starts, first_scored = plan_windows(num_targets, seq_len, stride)
-    rank, ranks = runtime.rank, runtime.world_size
-    share = slice(len(starts) * rank // ranks, len(starts) * (rank + 1) // ranks)
-    starts, first_scored = starts[share], first_scored[share]
+    at, end = (len(starts) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
+    starts, first_scored = starts[at:end], first_scored[at:end]
     tokens, _ = on_device(text, runtime.device)
     place = torch.arange(seq_len, device=runtime.device)
     for first in np.unique(first_scored).tolist():
         group = starts[first_scored == first]
         size = batch if runtime.compiles else min(batch, len(group))  # one shape: one graph
-        for at in range(0, len(group), size):
-            some = group[at:at + size]
-            some = np.concatenate([some, np.full(size - len(some), num_targets)])
+        group = np.append(group, np.full(-len(group) % size, num_targets))
+        for some in group.reshape(-1, size):
             where = torch.from_numpy(some).to(runtime.device)[:, None] + place
             inside = where < num_targets
             places = where.masked_fill(~inside, -1)[:, first:]
@@ -3828,18 +3772,15 @@ def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: R
     """
     seq_len, stride, batch = windows
     journal = {} if journal is None else journal
-    _, target_bytes = on_device(text, runtime.device)
-    starts, _ = plan_windows(len(text.target_bytes), seq_len, stride)
-    planned = len(starts) // runtime.world_size
+    _, sizes = on_device(text, runtime.device)
+    planned = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) // runtime.world_size
     sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
-    batches, at_once = window_batches(text, windows, runtime), STRETCH_TOKENS // (batch * seq_len)
+    batches = window_batches(text, windows, runtime)
+    at_once = max(1, STRETCH_TOKENS // (batch * seq_len))
     with torch.inference_mode():
-        for unit in itertools.count():
-            if not (stretch := list(itertools.islice(batches, max(1, at_once)))):
-                break
+        for unit, stretch in enumerate(iter(lambda: list(itertools.islice(batches, at_once)), [])):
             if unit not in journal:
-                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch],
-                                       target_bytes)
+                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch], sizes)
             sums += torch.tensor(journal[unit], dtype=torch.float64)
             done += sum(len(one.tokens) for one in stretch)
             if progress:

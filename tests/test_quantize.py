@@ -1,6 +1,5 @@
 """Codes against the slow references; the steps, the damping and the search for the byte budget."""
 
-import dataclasses
 import itertools
 import math
 
@@ -598,7 +597,7 @@ def test_gptq_with_column_steps_equals_gptq_of_rescaled_columns(kind):
     found = gptq(w, factors, steps, 127, columns, trellis)
     # in units of its step every column has step 1, and the inverse Hessian's factor scales along
     ordered = columns.gather(1, factors.order_NC)
-    scaled = dataclasses.replace(factors, upper_NCC=factors.upper_NCC / ordered[:, None, :])
+    scaled = factors._replace(upper_NCC=factors.upper_NCC / ordered[:, None, :])
     assert torch.equal(found, gptq(w / columns[:, None, :], scaled, steps, 127, None, trellis))
 
 
