@@ -15,7 +15,7 @@ from pathlib import Path
 
 from artifact import Artifact, file_sha256, find_tokenizer, open_artifact
 from logs import LogError
-from product import SCRIPT, script
+from product import SCRIPT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
