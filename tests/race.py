@@ -15,7 +15,7 @@ tokenizer's, and nothing is validated on the way.
 Each finished run is one line of JSON in --results and is never run again, whatever its arm is
 called: a run is its settings, seed, tokens or seconds, bytes, data and device. A script edited
 since counts as the same unless --strict. Ctrl-C stops the runs in order; the same command goes on
-with them, each by the copy of the script that it began with. Products stay under --folder, in runs/.
+with them, each by the copy of the script that it began with. Products stay in --folder/runs/.
 
 Not collected by pytest; tests/test_race.py tests it.
 """
@@ -132,7 +132,7 @@ def collect_arms(options: argparse.Namespace) -> dict[str, Settings]:
     return arms
 
 
-def settings_faults(own: Settings, options: argparse.Namespace, may_cap: bool) -> list[str]:
+def settings_faults(own: Settings, may_cap: bool) -> list[str]:
     """Return which settings are the race's to set; may_cap: ARTIFACT_MAX_BYTES is the arm's."""
     owned = OWNED if may_cap else {**OWNED, "ARTIFACT_MAX_BYTES": "--bytes or --bytes-of"}
     return [f"{name}={own[name]}: the race sets it; use {owned[name]}"
@@ -164,10 +164,11 @@ def complete_all(script, arms: dict[str, Settings], options: argparse.Namespace,
                  vocab_size: int) -> dict[str, Settings]:
     """Return all arms as `complete` does; raises RaceError with the faults of all of them."""
     base = parse_settings(shlex.split(" ".join(options.base)), "--base")
-    faults, found = settings_faults(base, options, options.bytes_of is not None), {}
+    faults, found = settings_faults(base, options.bytes_of is not None), {}
+    faults = [f"--base: {fault}" for fault in faults]
     for name, own in arms.items():
         try:
-            wrong = settings_faults(own, options, name == options.bytes_of)
+            wrong = settings_faults(own, name == options.bytes_of)
             found[name] = complete(script, {**base, **own}, options.tokens, vocab_size)
         except script.ConfigError as error:
             wrong = [*wrong, *error.faults]
@@ -312,7 +313,7 @@ class Race:
     def machine(self) -> str:
         """Return the machine with how it was shared, which seconds and speeds depend on."""
         shared = f", {self.jobs} runs at once" if self.jobs > 1 else ""
-        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        threads = f", threads: {self.threads}" if self.device == "cpu" else ""
         return machine_name(self.device) + threads + shared
 
     @functools.cached_property
@@ -571,7 +572,7 @@ def run_open(race: Race, tasks: Sequence[Task]) -> tuple[list[Line], list[str]]:
     """Run those tasks that have no line; returns the lines of all that have one, and failures."""
     known = [race.finished(task) for task in tasks]
     waiting = [task for task, line in zip(tasks, known) if line is None]
-    tell(f"{len(tasks)} runs: {len(tasks) - len(waiting)} done before, {len(waiting)} to do")
+    tell(f"runs: {len(tasks) - len(waiting)} done before, {len(waiting)} to do")
     check_arms(race, waiting)
     runner = Runner(race, [line for line in known if line])
     runner.run(waiting)
@@ -853,7 +854,7 @@ def run_command(options: argparse.Namespace) -> int:
         options.table.write_text(text, encoding="utf-8")
     if failed:
         print(f"FAILED: {'; '.join(failed)}", file=sys.stderr)
-    return bool(failed)
+    return 1 if failed else 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -870,7 +871,7 @@ def main(argv: Sequence[str]) -> int:
                              options.tokens, options.val_tokens)
         return 0
     except (RaceError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
