@@ -46,9 +46,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO / "tests"), str(REPO / "records")]
+sys.path.insert(0, str(REPO / "tests"))
 import gpu_full_run  # noqa: E402
-from logs import LogError, read_run  # noqa: E402
 
 # What the race sets itself, and where a user says it instead.
 OWNED = {"SEED": "--seeds", "RUN_ID": "--folder", "RESUME": "the same command again",
@@ -392,26 +391,38 @@ def load_script(path: Path):
     return module
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a run, in order; a line cut short by a crash is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def measure(race: Race, task: Task, wall_seconds: float) -> Line:
-    """Return the line of a run that ended well, from its own log; raises LogError without one."""
-    folder = race.run_folder(task)
-    run = read_run(folder)
-    if not run.complete:
-        raise LogError(f"{folder}: the script ended well, but its log holds no result")
-    # the training clock by the end, else at the last step logged, where a resumed run lost it
-    points = [(point.train_ms, point.step) for point in run.train if point.train_ms]
-    train_ms, steps = (run.train_ms, run.steps) if run.train_ms else points[-1]
-    scores = {kind: event["val_bpb"] for kind, event in run.events.items()
-              if kind != "val" and "val_bpb" in event}
-    batch = run.batch_tokens
-    return dict(
-        arm=task.arm, run=race.identity(task), scores=scores, artifact_bytes=run.sizes.artifact,
-        parameters=run.parameters, steps=run.steps, trained_tokens=run.steps * batch,
-        train_seconds=round(train_ms / 1000, 3), step_ms=round(train_ms / steps, 3),
-        tokens_per_second=round(1000 * steps * batch / train_ms, 1),
-        peak_memory_mib=run.peak_memory_mib, wall_seconds=round(wall_seconds, 1),
-        machine=race.machine, script_sha256=run.source_sha256,
-        finished=time.strftime("%Y-%m-%d", time.gmtime()))
+    """Return the line of a run that ended well, from its events; RaceError where they lack it."""
+    path = race.run_folder(task) / "events.jsonl"
+    last = {event["event"]: event for event in read_events(path)}
+    try:
+        ledger, end = last["result"]["ledger_seconds"], last["val"]
+        # a run that was resumed after training knows its seconds from the log alone
+        seconds, steps = ledger.get("train") or end["train_seconds"], end["step"]
+        tokens = steps * last["config"]["train_batch_tokens"]
+        return dict(
+            arm=task.arm, run=race.identity(task),
+            scores={kind: event["val_bpb"] for kind, event in last.items()
+                    if kind != "val" and "val_bpb" in event},
+            artifact_bytes=last["artifact"]["bytes"], parameters=last["parameters"]["count"],
+            steps=steps, trained_tokens=tokens, train_seconds=round(seconds, 3),
+            step_ms=round(1000 * seconds / steps, 3), tokens_per_second=round(tokens / seconds, 1),
+            peak_memory_mib=last["peak_memory"]["allocated_mib"],
+            wall_seconds=round(wall_seconds, 1), machine=race.machine,
+            script_sha256=last["source"]["sha256"],
+            finished=time.strftime("%Y-%m-%d", time.gmtime()))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise RaceError(f"{path}: the script ended well, but this log is not of a whole run "
+                        f"({error!r})") from None
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -519,7 +530,7 @@ class Runner:
                 continue
             try:
                 line = measure(self.race, job.task, job.seconds)
-            except LogError as error:
+            except RaceError as error:
                 self.fail(job.task, str(error))
                 continue
             append_result(self.race.results, line)

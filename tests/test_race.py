@@ -50,11 +50,12 @@ else:
         dict(event="config", seed=seed, train_batch_tokens=batch, env=dict(
             (name, env[name]) for name in ("ITERATIONS", "MAX_WALLCLOCK_SECONDS", "DATA_PATH"))),
         dict(event="parameters", count=1000),
-        dict(event="train", step=steps, iterations=steps, train_loss=2.0, train_seconds=2.0),
+        dict(event="train", step=steps, iterations=steps, train_loss=2.0, train_seconds=1.9),
+        dict(event="val", step=steps, val_bpb=9.0, train_seconds=1.9),
         *(dict(event=kind, val_loss=1.0, val_bpb=value) for kind, value in
           (("prequant", bpb), ("roundtrip", bpb + 0.02), ("sliding", bpb - 0.03))),
-        dict(event="artifact", bytes=size), dict(event="code_size", bytes=len(code)),
-        dict(event="result", steps=steps, seed=seed)]
+        dict(event="artifact", bytes=size), dict(event="peak_memory", allocated_mib=5),
+        dict(event="result", steps=steps, seed=seed, ledger_seconds=dict(train=2.0))]
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + chr(10) for e in events))
 """ % str(REPO)
 
@@ -210,6 +211,20 @@ def test_bytes_of_an_arm_are_what_its_first_seed_takes(track):
         "plain": [1, 2], "no gates": [1, 2]}
     assert track.run(GATES, PLAIN, size="--bytes-of=plain", more=base) == 0
     assert len(track.started()) == 4
+
+
+def test_a_run_resumed_after_training_has_its_speed_and_scores_from_before(track):
+    here = race.set_up(race.parse(track.arguments(PLAIN)))
+    assert track.run(PLAIN, seeds="1") == 0
+    task, line = race.Task("plain", 1, 50_000), track.lines()[0]
+    path = here.run_folder(task) / "events.jsonl"
+    result = dict(event="result", seed=1, ledger_seconds=dict(evaluate=1.0))
+    path.write_text(path.read_text() + '{"event": "resu' + f"\n{json.dumps(result)}\n")
+    again = race.measure(here, task, 1.0)
+    assert again["scores"] == line["scores"] and again["step_ms"] == 38
+    path.write_text('{"event": "result", "ledger_seconds": {}}')
+    with pytest.raises(race.RaceError, match="not of a whole run"):
+        race.measure(here, task, 1.0)
 
 
 def test_a_race_at_equal_seconds(track, monkeypatch):
