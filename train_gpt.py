@@ -2713,6 +2713,8 @@ class Optimizers:
         for i, momentum in enumerate(self.momenta):
             mine = tensors[f"momentum.{i}"][self.runtime.rank * len(momentum):][:len(momentum)]
             momentum.zero_()[:len(mine)].copy_(mine)
+        if not any(name.startswith("adam.") for name in tensors):
+            return  # before the first step AdamW has none
         for role, p in self.bank.adam.items():
             kinds = {"step": torch.float32, "exp_avg": p.dtype, "exp_avg_sq": p.dtype}
             self.adamw.state[p] = {key: tensors[f"adam.{role.value}.{key}"].to(p.device, dtype)

@@ -94,6 +94,16 @@ def test_a_run_killed_in_every_stage_ends_with_the_bytes_of_an_undisturbed_one(
     assert losses == {event["step"]: event["train_loss"] for event in events(whole[0], "train")}
 
 
+def test_a_run_stopped_before_its_first_step_goes_on(nursery, small_env, whole, tmp_path):
+    """AdamW has no moments yet, and a checkpoint without them is whole."""
+    before = "at_call(train_gpt.Trainer, 'train', signal_self(signal.SIGTERM))"
+    run = nursery.run(small_env, tmp_path, before=before)
+    assert run.rc == 128 + signal.SIGTERM and (tmp_path / "runs/x/checkpoint").exists()
+    again = nursery.run({**small_env, **RESUME}, tmp_path)
+    assert again.rc == 0, again.stderr
+    assert products(tmp_path) == whole[1]
+
+
 def test_a_resumed_run_has_the_clock_of_the_first_part(nursery, small_env, tmp_path):
     env = {**small_env, **OFTEN}
     nursery.run(env, tmp_path, before="at_event('train', signal_self(), 6)")
