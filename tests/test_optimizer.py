@@ -257,6 +257,25 @@ def test_adamw_equals_torch_on_separate_tensors():
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("world_size", (1, 2))
+def test_the_gradient_norm_is_exact_at_the_records_shapes(world_size):
+    """An fp32 norm of a million elements at once is 1e-4 to 2e-3 low on a CPU."""
+    config = toy_config(model_dim=256, num_layers=4, mlp_mult=4, recur_layers=(), ve_layers=(3,),
+                        parallel_start_layer=2, xsa_last_n=2, grad_clip_norm=0.0)
+
+    def work(runtime):
+        model = random_model(config)
+        optimizers = Optimizers(model, config, runtime)
+        grads = random_grads(model, 3)
+        for name, p in model.named_parameters():
+            p.grad.copy_(grads[name])
+        exact = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt().item()
+        return optimizers.reduce_and_clip().item(), exact
+
+    for found, exact in on_ranks(world_size, work):
+        assert found == pytest.approx(exact, rel=2e-6)
+
+
 @pytest.mark.parametrize("scale", (1.0, 4e-3, 1e-4))
 @pytest.mark.parametrize("world_size", (1, 2))
 def test_reduced_gradients_are_the_clipped_mean_over_ranks(scale, world_size):
