@@ -37,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -1285,25 +1286,43 @@ def unpack_tensors(data: bytes, origin) -> tuple[dict, dict[str, Tensor]]:
     return header, tensors
 
 
-def write_file(path: Path, data: bytes) -> int:
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no second try makes room
+
+
+def write_file(path: Path, data: bytes, waits=(0.2, 1.0, 3.0)) -> int:
     """Write under another name, flush to disk, rename: the file exists whole or not at all.
 
-    Returns its size in bytes.
+    Returns its size in bytes. What fails is tried again after each of `waits`, seconds: file
+    systems across a network have their moments.
     """
-    part = path.with_name(path.name + ".part")
+    part, waits = path.with_name(path.name + ".part"), list(waits)
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                sync_file(file)
+            os.replace(part, path)
+            return len(data)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            if waits and error.errno not in FULL:
+                time.sleep(waits.pop(0))
+                continue
+            room = "make room, then " if error.errno in FULL else ""
+            raise OSError(f"{path}: not written ({error.strerror}); files written before are "
+                          f"whole: {room}go on with RESUME=1 and this RUN_ID") from None
+
+
+def sync_file(file):
+    """Wait until a file is on its disk; some file systems know no such wait."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        os.fsync(file.fileno())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(f"{path}: not written ({error.strerror}); files written before are whole: "
-                      "make room, then go on with RESUME=1 and this RUN_ID") from None
-    return len(data)
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 class Journal(dict):

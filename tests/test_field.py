@@ -1,5 +1,6 @@
 """What the field does to a run: odd launches, two writers, other endings, narrow streams."""
 
+import errno
 import io
 import os
 import signal
@@ -221,3 +222,48 @@ def test_a_progress_line_needs_no_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     sys.stdout.close()
     train_gpt.Log(True).show("line")
+
+
+# ---- writes are tried, and tried again -----------------------------------------------------------
+
+
+def failing(monkeypatch, name, errors):
+    """Let the first calls of an os function fail, one error each."""
+    real, left = getattr(os, name), list(errors)
+
+    def call(*args):
+        if left:
+            raise OSError(left.pop(0), "so it is")
+        return real(*args)
+    monkeypatch.setattr(os, name, call)
+    return left
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_write_that_fails_once_is_tried_again(tmp_path, monkeypatch, name):
+    left = failing(monkeypatch, name, [errno.EIO, errno.ESTALE])
+    assert train_gpt.write_file(tmp_path / "file", b"data", waits=(0.0, 0.0)) == 4
+    assert not left and (tmp_path / "file").read_bytes() == b"data"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_keeps_failing_leaves_the_old_file_and_says_why(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"old")
+    failing(monkeypatch, "replace", [errno.EIO] * 9)
+    with pytest.raises(OSError, match="not written .so it is.; .*whole: go on with RESUME=1"):
+        train_gpt.write_file(tmp_path / "file", b"data", waits=(0.0, 0.0))
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_only_a_full_disk_or_quota_asks_for_room_and_at_once(tmp_path, monkeypatch, error):
+    left = failing(monkeypatch, "replace", [error] * 9)
+    with pytest.raises(OSError, match="make room"):
+        train_gpt.write_file(tmp_path / "file", b"data")
+    assert len(left) == 8, "no second try"
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_is_no_fault(tmp_path, monkeypatch, error):
+    failing(monkeypatch, "fsync", [error] * 9)
+    assert train_gpt.write_file(tmp_path / "file", b"data", waits=()) == 4
