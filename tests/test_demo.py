@@ -92,10 +92,9 @@ def test_the_readme_builds_the_corpus_and_runs_the_preset():
     assert "data/build_demo.py" in block and "PRESET=demo" in block and ".venv" in block
 
 
-def test_it_beats_xz(demo, manifest, capsys):
+def test_it_beats_xz(demo, manifest, say):
     bpb, xz_bpb = demo.outcome.result["sliding_bpb"], manifest["yardsticks"]["xz_val_bpb"]
-    with capsys.disabled():
-        print(f"\ndemo: sliding {bpb:.4f} bpb, {bpb / xz_bpb:.3f} of xz's {xz_bpb}")
+    say(f"demo: sliding {bpb:.4f} bpb, {bpb / xz_bpb:.3f} of xz's {xz_bpb}")
     assert bpb <= MAX_BPB_OVER_XZ * xz_bpb
 
 
@@ -126,11 +125,10 @@ def test_the_search_ends_inside_its_range(demo):
     assert result["total_bytes"] <= config["artifact_max_bytes"]
 
 
-def test_it_takes_minutes(demo, capsys):
+def test_it_takes_minutes(demo, say):
     spent = demo.outcome.result["ledger_seconds"]
     total = sum(spent.values())
-    with capsys.disabled():
-        print(f"\ndemo: {total:.0f} s of training and scoring, aim {MAX_SECONDS}; {spent}")
+    say(f"demo: {total:.0f} s of training and scoring, aim {MAX_SECONDS}; {spent}")
     assert total <= SLOW_MACHINE * MAX_SECONDS
 
 
@@ -151,11 +149,10 @@ def test_check_predicts_the_size(demo, check):
     assert predicted == pytest.approx(demo.outcome.result["total_bytes"], rel=0.02)
 
 
-def test_check_predicts_the_peak_memory(demo, check, capsys):
+def test_check_predicts_the_peak_memory(demo, check, say):
     predicted = int(re.search(r"peak memory about (\d+) MiB", check)[1])
     (event,) = demo.events("peak_memory")
-    with capsys.disabled():
-        print(f"\ndemo: peak {event['allocated_mib']} MiB, predicted {predicted}")
+    say(f"demo: peak {event['allocated_mib']} MiB, predicted {predicted}")
     assert predicted == pytest.approx(event["allocated_mib"], rel=0.25)
 
 
