@@ -11,7 +11,7 @@ import conftest
 import records
 
 SEEDS = (1, 2, 3)
-# No search, no validation on the way: a run spends most of its time on importing torch.
+# No search, no validation on the way.
 QUICK = dict(VAL_LOSS_EVERY=0, PREQUANT_SLIDING=0, EVAL_STRIDE=32, SDCLIP_K=6, SDCLIP_K_EMBED=10)
 NAME, DATE = "Toy_Run", "2026-01-31"
 
@@ -34,14 +34,14 @@ def packed_script(folder: Path) -> Path:
     return out
 
 
-def finished_seeds(settings: dict, folder: Path) -> Seeds:
+def finished_seeds(settings: dict, folder: Path, nursery) -> Seeds:
     """Run the packed script once per seed; read-only."""
     packed = packed_script(folder)
     cap = packed.stat().st_size + conftest.TINY_ARTIFACT_BYTES
     for seed in SEEDS:
         env = {**settings, **QUICK, "ARTIFACT_MAX_BYTES": cap, "SEED": seed,
                "RUN_ID": f"seed{seed}"}
-        done = conftest.run_script(env, folder, script=packed)
+        done = nursery.run(env, folder, script=packed)
         assert done.rc == 0, done.stderr
     return Seeds(folder, packed)
 

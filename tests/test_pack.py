@@ -18,8 +18,8 @@ from record_toys import QUICK, SEEDS, Seeds, edit, finished_seeds, made_record, 
 
 
 @pytest.fixture(scope="module")
-def seeds(tiny_env, shared):
-    return shared("seeds", lambda folder: finished_seeds(tiny_env, folder))
+def seeds(tiny_env, nursery, shared):
+    return shared("seeds", lambda folder: finished_seeds(tiny_env, folder, nursery))
 
 
 @pytest.fixture(scope="module")
