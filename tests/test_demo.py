@@ -46,10 +46,8 @@ def finish(command, cwd, env) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr, result)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A folder with what the demo needs of the repository, and a .venv with the packages."""
-    folder = tmp_path_factory.mktemp("clone")
+def fill(folder):
+    """Give a folder what the demo needs of the repository, and a .venv with the packages."""
     for path in (path for pattern in COPIED for path in REPO.glob(pattern)):
         target = folder / path.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,19 +56,23 @@ def clone(tmp_path_factory):
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / ".venv" / "lib" / name / "site-packages"
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def demo(clone):
+def demo(shared):
     """The finished run of README's demo command."""
     if os.name == "nt":
         pytest.skip("README's commands are for a POSIX shell")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    outcome = finish(["bash", "-euo", "pipefail", "-c", readme_block("demo command")], clone,
-                     unthreaded_env(clone, PATH=path))
-    assert outcome.rc == 0, outcome.stderr
-    return TinyRun(clone, outcome.result["run_id"], outcome)
+
+    def make(clone):
+        fill(clone)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        outcome = finish(["bash", "-euo", "pipefail", "-c", readme_block("demo command")], clone,
+                         unthreaded_env(clone, PATH=path))
+        assert outcome.rc == 0, outcome.stderr
+        return TinyRun(clone, outcome.result["run_id"], outcome)
+
+    return shared("demo", make)
 
 
 @pytest.fixture(scope="module")
