@@ -48,13 +48,13 @@ TINY_RUN = dict(
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
+def shared(request, tmp_path_factory):
     """A function (name, make) -> make(a new folder); of the suite's processes only one makes it.
 
     The others wait and get a copy of what was returned; the folder is the same one. Read-only.
     """
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    base = base.parent if hasattr(request.config, "workerinput") else base  # one of several
 
     def get(name, make):
         folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
