@@ -1,12 +1,16 @@
-"""What several test files share: a tiny corpus, a tiny model's settings, one finished run.
+"""What several test files share: a tiny corpus, a tiny model's settings, finished runs.
 
 The corpus is made from the documentation inside the Python installation, so the tests need no
 download. Whatever a fixture of session scope returns is read-only: copy a folder to change it.
+The suite runs in several processes; what takes long is made once for all of them (`shared`).
 """
 
+import fcntl
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +21,8 @@ import pytest
 from forks import Nursery
 from hypothesis import settings
 
+# before torch is imported: the tests' tensors gain nothing by threads, and fill the processors
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("any machine", deadline=None)  # a busy one is slow now and then
 settings.load_profile("any machine")
 
@@ -36,6 +42,47 @@ TINY_RUN = dict(
     WARMUP_STEPS=2, RECUR_START_FRAC=0.5, MUON_MOMENTUM_WARMUP_FRAC=0.3, EMA_DECAY=0.8,
     TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=6, VAL_BATCH_TOKENS=32_768, PREQUANT_SLIDING=1,
     GPTQ_CALIBRATION_BATCHES=16, FP16_MAX_NUMEL=1024, DEVICE="cpu")
+
+
+# ---- several processes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def shared(request, tmp_path_factory):
+    """A function (name, make) -> make(a new folder); of the suite's processes only one makes it.
+
+    The others wait and get a copy of what was returned; the folder is the same one. Read-only.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if hasattr(request.config, "workerinput") else base  # one of several
+
+    def get(name, make):
+        folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
+        with open(base / f"shared-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                done.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(done.read_bytes())
+
+    return get
+
+
+@pytest.fixture
+def say(record_property):
+    """A function that prints a line at the end of the suite, whichever process ran the test."""
+    return lambda text: record_property("said", text)
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for found in terminalreporter.stats.values() for r in found
+               if getattr(r, "when", "") == "call"]
+    for text in [text for r in reports for kind, text in r.user_properties if kind == "said"]:
+        terminalreporter.write_line(text)
+
+
+# ---- a tiny corpus and runs --------------------------------------------------------------------
 
 
 def load_shards_module():
@@ -85,9 +132,12 @@ def tiny_documents():
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory, tiny_documents):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    shards, folder = load_shards_module(), tmp_path_factory.mktemp("tiny_data")
+def tiny_data(shared, tiny_documents):
+    return shared("tiny_data", lambda folder: write_tiny_data(folder, tiny_documents))
+
+
+def write_tiny_data(folder, tiny_documents):
+    sentencepiece, shards = pytest.importorskip("sentencepiece"), load_shards_module()
     tokenizer, out = folder / "tiny.model", folder / "shards"
     out.mkdir()
     train_tokenizer(tiny_documents, tokenizer)
@@ -160,12 +210,13 @@ class TinyRun(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_env, tmp_path_factory):
+def tiny_run(tiny_env, shared):
     """One finished run of all stages on one rank. Read-only."""
-    cwd = tmp_path_factory.mktemp("tiny_run")
-    outcome = run_script({**tiny_env, "RUN_ID": "tiny"}, cwd)
-    assert outcome.rc == 0, outcome.stderr
-    return TinyRun(cwd, "tiny", outcome)
+    def make(cwd):
+        outcome = run_script({**tiny_env, "RUN_ID": "tiny"}, cwd)
+        assert outcome.rc == 0, outcome.stderr
+        return TinyRun(cwd, "tiny", outcome)
+    return shared("tiny_run", make)
 
 
 # Every stage of the tiny model in about a second: no search, no validation on the way.
@@ -188,9 +239,10 @@ def small_env(tiny_env):
 
 
 @pytest.fixture(scope="session")
-def small_run(nursery, small_env, tmp_path_factory):
+def small_run(nursery, small_env, shared):
     """The folder of an undisturbed run of `small_env`. Read-only."""
-    cwd = tmp_path_factory.mktemp("small_run")
-    run = nursery.run(small_env, cwd)
-    assert run.rc == 0, run.stderr
-    return cwd
+    def make(cwd):
+        run = nursery.run(small_env, cwd)
+        assert run.rc == 0, run.stderr
+        return cwd
+    return shared("small_run", make)

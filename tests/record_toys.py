@@ -1,6 +1,7 @@
 """What the tests of records share: three seeds run with the packed script, and a record of them."""
 
 import functools
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import conftest
 import records
 
 SEEDS = (1, 2, 3)
-# No search, no validation on the way: a run spends most of its time on importing torch.
+# No search, no validation on the way.
 QUICK = dict(VAL_LOSS_EVERY=0, PREQUANT_SLIDING=0, EVAL_STRIDE=32, SDCLIP_K=6, SDCLIP_K_EMBED=10)
 NAME, DATE = "Toy_Run", "2026-01-31"
 
@@ -27,21 +28,20 @@ class Seeds(NamedTuple):
 
 @functools.cache
 def packed_script(folder: Path) -> Path:
-    """Return the submission form of train_gpt.py, made once a session."""
+    """Return the submission form of train_gpt.py, made once in a folder."""
     out = folder / "train_gpt.py"
     assert records.main(["script", "--out", str(out)]) == 0
     return out
 
 
-@functools.cache
-def finished_seeds(settings: tuple, folder: Path) -> Seeds:
+def finished_seeds(settings: dict, folder: Path, nursery) -> Seeds:
     """Run the packed script once per seed; read-only."""
     packed = packed_script(folder)
     cap = packed.stat().st_size + conftest.TINY_ARTIFACT_BYTES
     for seed in SEEDS:
-        env = {**dict(settings), **QUICK, "ARTIFACT_MAX_BYTES": cap, "SEED": seed,
+        env = {**settings, **QUICK, "ARTIFACT_MAX_BYTES": cap, "SEED": seed,
                "RUN_ID": f"seed{seed}"}
-        done = conftest.run_script(env, folder, script=packed)
+        done = nursery.run(env, folder, script=packed)
         assert done.rc == 0, done.stderr
     return Seeds(folder, packed)
 
@@ -49,7 +49,7 @@ def finished_seeds(settings: tuple, folder: Path) -> Seeds:
 @functools.cache
 def made_record(seeds: Seeds, *more: str) -> Path:
     """Return the folder that `pack` makes of the seeds; read-only."""
-    out = seeds.folder / f"records{len(list(seeds.folder.iterdir()))}"
+    out = seeds.folder / f"records{os.getpid()}.{len(list(seeds.folder.iterdir()))}"
     assert pack(seeds, out, *more) == 0
     return out / "track_non_record_16mb" / f"{DATE}_{NAME}"
 

@@ -14,9 +14,13 @@ SCRIPT = Path(bench_step.__file__)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
+def rows(shared):
     """Rows of a tiny run, by kind."""
-    path = tmp_path_factory.mktemp("bench") / "rows.jsonl"
+    return shared("bench_rows", tiny_rows)
+
+
+def tiny_rows(folder):
+    path = folder / "rows.jsonl"
     done = subprocess.run([sys.executable, str(SCRIPT), "--tiny", "--rows", str(path)], text=True,
                           capture_output=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

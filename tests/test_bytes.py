@@ -4,6 +4,8 @@ Every kind of fault is planted in real text: tokenizers whose table is not what 
 sidecars of other tokens, shards of another build, files that are no shards.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -224,8 +226,13 @@ def other_model(documents, tmp_path_factory):
     return model_of([text[::-1] for text in documents], tmp_path_factory.mktemp("other"))
 
 
+@functools.cache
+def processor_of(model):
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
 def tokens_of(model, texts):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    processor = processor_of(model)
     return [t for text in texts for t in (BOS_ID, *processor.encode(text))]
 
 

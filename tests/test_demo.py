@@ -46,10 +46,8 @@ def finish(command, cwd, env) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr, result)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A folder with what the demo needs of the repository, and a .venv with the packages."""
-    folder = tmp_path_factory.mktemp("clone")
+def fill(folder):
+    """Give a folder what the demo needs of the repository, and a .venv with the packages."""
     for path in (path for pattern in COPIED for path in REPO.glob(pattern)):
         target = folder / path.relative_to(REPO)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,19 +56,23 @@ def clone(tmp_path_factory):
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = folder / ".venv" / "lib" / name / "site-packages"
     (site / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def demo(clone):
+def demo(shared):
     """The finished run of README's demo command."""
     if os.name == "nt":
         pytest.skip("README's commands are for a POSIX shell")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    outcome = finish(["bash", "-euo", "pipefail", "-c", readme_block("demo command")], clone,
-                     unthreaded_env(clone, PATH=path))
-    assert outcome.rc == 0, outcome.stderr
-    return TinyRun(clone, outcome.result["run_id"], outcome)
+
+    def make(clone):
+        fill(clone)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        outcome = finish(["bash", "-euo", "pipefail", "-c", readme_block("demo command")], clone,
+                         unthreaded_env(clone, PATH=path))
+        assert outcome.rc == 0, outcome.stderr
+        return TinyRun(clone, outcome.result["run_id"], outcome)
+
+    return shared("demo", make)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +94,9 @@ def test_the_readme_builds_the_corpus_and_runs_the_preset():
     assert "data/build_demo.py" in block and "PRESET=demo" in block and ".venv" in block
 
 
-def test_it_beats_xz(demo, manifest, capsys):
+def test_it_beats_xz(demo, manifest, say):
     bpb, xz_bpb = demo.outcome.result["sliding_bpb"], manifest["yardsticks"]["xz_val_bpb"]
-    with capsys.disabled():
-        print(f"\ndemo: sliding {bpb:.4f} bpb, {bpb / xz_bpb:.3f} of xz's {xz_bpb}")
+    say(f"demo: sliding {bpb:.4f} bpb, {bpb / xz_bpb:.3f} of xz's {xz_bpb}")
     assert bpb <= MAX_BPB_OVER_XZ * xz_bpb
 
 
@@ -126,11 +127,10 @@ def test_the_search_ends_inside_its_range(demo):
     assert result["total_bytes"] <= config["artifact_max_bytes"]
 
 
-def test_it_takes_minutes(demo, capsys):
+def test_it_takes_minutes(demo, say):
     spent = demo.outcome.result["ledger_seconds"]
     total = sum(spent.values())
-    with capsys.disabled():
-        print(f"\ndemo: {total:.0f} s of training and scoring, aim {MAX_SECONDS}; {spent}")
+    say(f"demo: {total:.0f} s of training and scoring, aim {MAX_SECONDS}; {spent}")
     assert total <= SLOW_MACHINE * MAX_SECONDS
 
 
@@ -151,11 +151,10 @@ def test_check_predicts_the_size(demo, check):
     assert predicted == pytest.approx(demo.outcome.result["total_bytes"], rel=0.02)
 
 
-def test_check_predicts_the_peak_memory(demo, check, capsys):
+def test_check_predicts_the_peak_memory(demo, check, say):
     predicted = int(re.search(r"peak memory about (\d+) MiB", check)[1])
     (event,) = demo.events("peak_memory")
-    with capsys.disabled():
-        print(f"\ndemo: peak {event['allocated_mib']} MiB, predicted {predicted}")
+    say(f"demo: peak {event['allocated_mib']} MiB, predicted {predicted}")
     assert predicted == pytest.approx(event["allocated_mib"], rel=0.25)
 
 

@@ -21,11 +21,12 @@ import shards  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory):
+def demo(shared):
     """Folder of one finished build."""
-    out = tmp_path_factory.mktemp("demo")
-    assert build_demo.main(["--out", str(out)]) == 0
-    return out
+    def make(out):
+        assert build_demo.main(["--out", str(out)]) == 0
+        return out
+    return shared("demo_data", make)
 
 
 @pytest.fixture(scope="session")

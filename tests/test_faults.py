@@ -54,12 +54,13 @@ def whole(small_run):
 
 
 @pytest.fixture(scope="module")
-def whole_of_two(nursery, small_env, tmp_path_factory):
+def whole_of_two(nursery, small_env, shared):
     """The products of two ranks, whose sums are rounded otherwise."""
-    cwd = tmp_path_factory.mktemp("whole_of_two")
-    for rank in nursery.start_ranks([small_env] * 2, cwd):
-        assert rank.wait().rc == 0
-    return complete(cwd)
+    def make(cwd):
+        for rank in nursery.start_ranks([small_env] * 2, cwd):
+            assert rank.wait().rc == 0
+        return complete(cwd)
+    return shared("whole_of_two", make)
 
 
 def errors(run: Ended) -> list[str]:

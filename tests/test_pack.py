@@ -18,10 +18,8 @@ from record_toys import QUICK, SEEDS, Seeds, edit, finished_seeds, made_record, 
 
 
 @pytest.fixture(scope="module")
-def seeds(tiny_env, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "seeds"
-    folder.mkdir(exist_ok=True)
-    return finished_seeds(tuple(tiny_env.items()), folder)
+def seeds(tiny_env, nursery, shared):
+    return shared("seeds", lambda folder: finished_seeds(tiny_env, folder, nursery))
 
 
 @pytest.fixture(scope="module")

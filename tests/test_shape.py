@@ -461,12 +461,11 @@ def test_every_emitted_event_is_declared():
 # ---- functions, state, size ----------------------------------------------------------------
 
 
-def test_functions_stay_short(capsys):
+def test_functions_stay_short(say):
     sizes = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
     over_aim = {name: size for name, size in sizes.items() if size > AIM_FUNCTION_LINES}
-    with capsys.disabled():
-        print(f"\nfunctions over {AIM_FUNCTION_LINES} lines: "
-              + (", ".join(f"{name} {size}" for name, size in over_aim.items()) or "none"))
+    say(f"functions over {AIM_FUNCTION_LINES} lines: "
+        + (", ".join(f"{name} {size}" for name, size in over_aim.items()) or "none"))
     assert {name: n for name, n in over_aim.items() if n > MAX_FUNCTION_LINES} == {}
 
 
@@ -530,11 +529,10 @@ def test_variants_are_chosen_at_construction():
     assert sorted(wrong) == []
 
 
-def test_code_lines_per_room(capsys):
+def test_code_lines_per_room(say):
     counts = code_lines()
-    with capsys.disabled():
-        print("\ncode lines: " + ", ".join(f"{room} {counts[room]}" for room in ROOMS)
-              + f"; total {sum(counts.values())}")
+    say("code lines: " + ", ".join(f"{room} {counts[room]}" for room in ROOMS)
+        + f"; total {sum(counts.values())}")
     assert {room: n for room, n in counts.items() if n > MAX_ROOM_LINES} == {}
     assert sum(counts.values()) <= MAX_TOTAL_LINES
 

@@ -202,14 +202,15 @@ def test_artifact_holds_no_trace_of_the_run(tiny_run, tiny_env):
 
 
 @pytest.fixture(scope="module")
-def staged_run(tiny_env, tmp_path_factory):
+def staged_run(tiny_env, shared):
     """The tiny run as three processes, one for each stage."""
-    cwd = tmp_path_factory.mktemp("staged")
-    env = {**tiny_env, "RUN_ID": "staged"}
-    for stage in ("train", "quantize", "evaluate"):
-        outcome = run_script({**env, "STAGE": stage}, cwd)
-        assert outcome.rc == 0, outcome.stderr
-    return TinyRun(cwd, "staged", outcome)
+    def make(cwd):
+        env = {**tiny_env, "RUN_ID": "staged"}
+        for stage in ("train", "quantize", "evaluate"):
+            outcome = run_script({**env, "STAGE": stage}, cwd)
+            assert outcome.rc == 0, outcome.stderr
+        return TinyRun(cwd, "staged", outcome)
+    return shared("staged_run", make)
 
 
 def test_three_processes_give_the_full_runs_bytes_and_digits(tiny_run, staged_run):
@@ -358,11 +359,12 @@ def test_reloaded_logits_equal_those_in_memory_bit_for_bit(tiny_run, tiny_data, 
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tiny_env, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("two_ranks")
-    outcome = run_script({**tiny_env, "RUN_ID": "pair"}, cwd, nproc=2)
-    assert outcome.rc == 0, outcome.stderr
-    return TinyRun(cwd, "pair", outcome)
+def two_ranks(tiny_env, shared):
+    def make(cwd):
+        outcome = run_script({**tiny_env, "RUN_ID": "pair"}, cwd, nproc=2)
+        assert outcome.rc == 0, outcome.stderr
+        return TinyRun(cwd, "pair", outcome)
+    return shared("two_ranks", make)
 
 
 @pytest.mark.parametrize("micro_tokens", [512, 64])
@@ -870,11 +872,12 @@ def test_recurrence_that_can_never_start_says_so(tiny_env, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pr1471_run(tiny_env, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("pr1471")
-    outcome = run_here({**tiny_env, "PRESET": "pr1471", "RUN_ID": "a"}, cwd)
-    assert outcome.rc == 0, outcome.stderr
-    return TinyRun(cwd, "a", outcome)
+def pr1471_run(tiny_env, shared):
+    def make(cwd):
+        outcome = run_here({**tiny_env, "PRESET": "pr1471", "RUN_ID": "a"}, cwd)
+        assert outcome.rc == 0, outcome.stderr
+        return TinyRun(cwd, "a", outcome)
+    return shared("pr1471_run", make)
 
 
 def test_streaming_is_scored_beside_the_exact_numbers(tiny_run, tiny_data, tmp_path):
