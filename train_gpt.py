@@ -1823,10 +1823,10 @@ def load_validation(config: Config) -> Validation:
     """
     folder, vocab_size = config.shard_dir, config.vocab_size
     processor = load_tokenizer(config.tokenizer_file)
-    if (pieces := processor.vocab_size()) != vocab_size:
-        raise ValueError(f"TOKENIZER_PATH={config.tokenizer_file}: {pieces} pieces, VOCAB_SIZE="
+    if (count := processor.vocab_size()) != vocab_size:
+        raise ValueError(f"TOKENIZER_PATH={config.tokenizer_file}: {count} pieces, VOCAB_SIZE="
                          f"{vocab_size}; set one to match")
-    table, shards = read_pieces(processor), find_shards(folder, "val")
+    pieces, shards = read_pieces(processor), find_shards(folder, "val")
     tokens = np.concatenate([open_shard(path) for path in shards])
     if len(tokens) < 2 or tokens.max() >= vocab_size:
         raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
@@ -1834,11 +1834,10 @@ def load_validation(config: Config) -> Validation:
     sidecars = [open_shard(path) for path in find_shards(folder, "val_bytes")]
     sidecar = np.concatenate(sidecars) if sidecars else None
     faults = [f"token {place} {text}" for place, text in judge_bytes(processor, tokens, sidecar)]
-    if fault := "; ".join(faults) or sample_fault(processor, table, tokens, SAMPLES):
+    if fault := "; ".join(faults) or sample_fault(processor, pieces, tokens, SAMPLES):
         raise ValueError(f"{folder}: validation text, read with TOKENIZER_PATH="
                          f"{config.tokenizer_file}: {fault}")
-    counts = count_bytes(tokens, table)
-    by_table, _, raw = (column[1:] for column in counts)
+    by_table, _, raw = (column[1:] for column in count_bytes(tokens, pieces))
     target_bytes = by_table if sidecar is None else sidecar[1:]
     warnings = [f"{path.name}: holds {size} tokens" for path in shards
                 if (size := len(open_shard(path))) < config.eval_seq_len]
