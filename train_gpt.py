@@ -566,19 +566,19 @@ def load_config(env) -> Config:
         given = preset_settings(env.get("PRESET", ""))
     except (ValueError, OSError) as error:
         faults.append(f"PRESET={env['PRESET']}: {error}")
-    given |= env
-    for name, f in KNOBS.items():
-        if name.upper() in given:
-            try:
-                values[name] = parse_setting(given[name.upper()], f.type)
-            except ValueError as error:
-                faults.append(f"{name.upper()}={given[name.upper()]}: must be {error}")
+    for source in (given, env):  # where the environment's is no value, the preset's stays
+        for name, f in KNOBS.items():
+            if name.upper() in source:
+                try:
+                    values[name] = parse_setting(source[name.upper()], f.type)
+                except ValueError as error:
+                    faults.append(f"{name.upper()}={source[name.upper()]}: must be {error}")
     typed = frozenset(name for name in KNOBS if name.upper() in env)
     for name in typed:  # what is typed beats what only a preset says
         for special in set(BEATEN_BY.get(name, "").split()) - typed:
             values.pop(special, None)
     config = Config(explicit=frozenset(values), typed=typed, **values)
-    faults = name_faults(given, values) + faults + config_faults(config)
+    faults = name_faults({**given, **env}, values) + faults + config_faults(config)
     if faults:
         raise ConfigError(faults, shared=True)
     return config
@@ -652,7 +652,12 @@ def notices(config: Config, env) -> list[str]:
     """Return lines about settings that are set but cannot act in this run."""
     lines = [f"{name}={env[name]}: known, without effect: {why}"
              for name, why in WITHOUT_EFFECT.items() if name in env]
-    order = [*STAGES]
+    order, preset = [*STAGES], preset_settings(config.preset)
+    yields = [name for name, f in KNOBS.items() if name.upper() in {*preset} - {*env}
+              and parse_setting(preset[name.upper()], f.type) != getattr(config, name)]
+    if yields:
+        lines.append(f"PRESET={config.preset}: {', '.join(map(str.upper, yields))} not as it says, "
+                     "but as typed or as the input file has it")
     for name, f in KNOBS.items():
         shown, stage = name.upper(), f.metadata["stage"]
         if shown in env and stage != "run" and not config.runs(stage):
@@ -1398,7 +1403,8 @@ def check_tensors(tensors: dict[str, Tensor], forms: dict, origin):
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, form in forms.items():
         if found.get(name) != form:
-            raise ContainerError(f"{origin}: tensor {name} is missing or not as configured")
+            raise ContainerError(f"{origin}: tensor {name} is missing or not as configured; make "
+                                 "the file again")
 
 
 def check_no_more(left, origin):

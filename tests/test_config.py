@@ -562,3 +562,18 @@ def test_embedding_dim_means_the_models_width_or_is_not_built(env, fits):
         load_config(env)
     else:
         assert "EMBEDDING_DIM" in fault_of(env)
+
+
+def test_a_preset_that_yields_is_told():
+    made = train_gpt.artifact_config(load_config({"PRESET": "demo", "NUM_LAYERS": "8"}))
+    env = {"PRESET": "demo", "STAGE": "quantize", "EMA_DECAY": "0.5"}
+    found = train_gpt.adopt(load_config(env), {"config": made}, "quantize", Path("file"))
+    (line,) = [line for line in train_gpt.notices(found, env) if line.startswith("PRESET=demo")]
+    assert line.startswith("PRESET=demo: NUM_LAYERS not as it says")
+    assert not any("PRESET" in line for line in train_gpt.notices(load_config({"PRESET": "demo"}),
+                                                                  {"PRESET": "demo"}))
+
+
+def test_a_bad_value_leaves_the_presets_so_that_no_other_rule_complains():
+    (fault,) = faults_of({"PRESET": "demo", "VE_LAYERS": "x"})
+    assert fault.startswith("VE_LAYERS=x: must be whole numbers")
