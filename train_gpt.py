@@ -86,7 +86,7 @@ except ImportError:
 # == 1 Config: every setting, its meaning, and what is refused ====================================
 
 class Stage(NamedTuple):
-    """One part of a run. Stages meet in files alone, see RunFiles and HEADERS.
+    """One part of a run. Stages meet in files alone, see RunFiles and KINDS.
 
     topic: its settings that determine model, codes or score; they travel in the artifact.
     reads: kind of the file it starts from; writes: kinds it leaves, the first one when it is done.
@@ -1375,12 +1375,14 @@ def inspect_text(path: Path) -> str:
     return "\n".join([*lines, f"{rest:12,}  header, table, checksum", f"{len(data):12,}  in all"])
 
 
-# Kind of file -> what its header holds besides.
+# Kind of file -> its name in a run's folder, what its header holds besides.
 MADE_BY: dict[str, type] = dict(config=dict, order=list, tokenizer_sha256=str, train_sha256=str)
-HEADERS: dict[str, dict[str, type]] = dict(
-    weights=dict(MADE_BY, steps=int), stats=MADE_BY,
-    artifact=dict(MADE_BY, multiplier=float, coding=int),
-    checkpoint=dict(order=list, step=int, training_seconds=float))
+KINDS: dict[str, tuple[str, dict[str, type]]] = dict(
+    weights=("final_model.weights", dict(MADE_BY, steps=int)),
+    stats=("final_model.stats", MADE_BY),
+    artifact=("final_model.int6.ptz", dict(MADE_BY, multiplier=float, coding=int)),
+    checkpoint=("checkpoint", dict(order=list, step=int, training_seconds=float)),
+    scores=("scores.json", {}))
 
 
 def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tensor]]:
@@ -1391,7 +1393,7 @@ def open_container(data: bytes, kind: str, origin) -> tuple[dict, dict[str, Tens
     header, tensors = unpack_tensors(data, origin)
     if (found := header.get("kind")) != kind:
         raise ContainerError(f"{origin}: holds {found}, not {kind}; give the path of the {kind}")
-    for name, form in HEADERS.get(kind, {}).items():
+    for name, form in KINDS.get(kind, ("", {}))[1].items():
         if not isinstance(header.get(name), form):
             raise ContainerError(f"{origin}: its header holds no {name}; use the train_gpt.py that "
                                  "wrote it, or make it again")
@@ -2227,6 +2229,7 @@ class Pass(NamedTuple):
     value_scales: Any  # a scale for each layer that adds it
     asked: slice  # the positions whose targets are asked for
     kept: slice  # those whose outputs matter: all, in the last layer the ones asked for
+    at: int = 0  # the virtual step
 
 
 class Linear(nn.Module):
@@ -2315,7 +2318,7 @@ class Block(nn.Module):
     def attended(self, x: Tensor, here: Pass) -> Tensor:
         return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
 
-    def fed_forward(self, x: Tensor) -> Tensor:
+    def fed_forward(self, x: Tensor, here: Pass) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
 
 
@@ -2332,7 +2335,7 @@ class OneStream:
         x = block.mix(streams[0], here.x0)
         added = block.attended(x, here)
         x = x[:, here.kept] + added
-        return (x + block.fed_forward(x),)
+        return (x + block.fed_forward(x, here),)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
         return streams[0]
@@ -2350,7 +2353,7 @@ class ScalarLanes(OneStream):
     def step(self, block, streams, here):
         x = block.mix(streams[0], here.x0)
         added = block.attended(x, here)
-        return x[:, here.kept] + added, streams[1] + block.fed_forward(streams[1])
+        return x[:, here.kept] + added, streams[1] + block.fed_forward(streams[1], here)
 
     def merge(self, streams):
         share = self.share.to(streams[0].dtype)
@@ -2372,7 +2375,7 @@ class RoutedLanes(OneStream):
 
     def step(self, block, streams, here):
         added = block.attended(block.mix(streams[0], here.x0), here)
-        fed, dtype = block.fed_forward(streams[1][:, here.kept]), added.dtype
+        fed, dtype = block.fed_forward(streams[1][:, here.kept], here), added.dtype
         keep, route = self.keep[block.layer].to(dtype), self.route[block.layer].to(dtype)
         return tuple(keep[i] * lane[:, here.kept] + route[i, 0] * added + route[i, 1] * fed
                      for i, lane in enumerate(streams))
@@ -2485,15 +2488,14 @@ class GPT(nn.Module):
         tables = self.tables[length] if length in self.tables else self.rotary(length)
         asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
         here = Pass(batch, x0, tables, value, scales, asked, slice(None))
-        for step in layout.steps:
+        for at, step in enumerate(layout.steps):
+            here = here._replace(at=at, kept=asked if step.last else slice(None))
             block: Any = self.blocks[step.layer]
             if step.skip is not None:
                 x, *others = streams
                 streams = self.blend_skip(step.skip, x, waiting.pop()), *others
             if step.splits:
                 lanes, streams = self.lanes, self.lanes.split(streams[0], here)
-            if step.last:
-                here = here._replace(kept=asked)
             streams = lanes.step(block, streams, here)
             if step.saves:
                 waiting.append(streams[0])
@@ -2507,15 +2509,19 @@ class GPT(nn.Module):
         gate = torch.sigmoid(self.skip_gates[row].to(x.dtype))
         return gate * x + (1 - gate) * skip
 
+    def head(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the final hidden state (B, S, D) and the head that reads it (V, D)."""
+        return self(batch, layout), self.tok_emb.weight
+
     def logits(self, batch: Batch, layout: Layout) -> Tensor:
         """Return softcapped logits where targets are asked for, (B, S, V), fp32."""
-        return softcap_logits(self(batch, layout), self.tok_emb.weight, self.softcap)
+        return softcap_logits(*self.head(batch, layout), self.softcap)
 
     def token_losses(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the loss in nats of each target (B, S), fp32."""
-        return softcap_cross_entropy(
-            self(batch, layout).flatten(0, 1), self.tok_emb.weight, batch.targets.flatten(),
-            self.softcap).view_as(batch.targets)
+        hidden, head = self.head(batch, layout)
+        return softcap_cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(),
+                                     self.softcap).view_as(batch.targets)
 
     def mean_loss(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the mean training loss in nats."""
@@ -2755,8 +2761,8 @@ class Optimizers:
 class Average:
     """Exponential moving average of every weight, fp32, from the weights at its construction on."""
 
-    def __init__(self, bank: Bank, decay: float):
-        self.bank, self.decay = bank, decay
+    def __init__(self, bank: Bank, config: Config):
+        self.bank, self.decay = bank, config.ema_decay
         self.shadow = {dtype: flat.float().clone() for dtype, flat in bank.weights.items()}
 
     @torch.no_grad()
@@ -4208,12 +4214,13 @@ class RunFiles:
 
     def __init__(self, run_id: str):
         self.folder = Path("runs", run_id)
-        self.weights = self.folder / "final_model.weights"
-        self.stats = self.folder / "final_model.stats"
-        self.artifact = self.folder / "final_model.int6.ptz"
-        self.scores, self.checkpoint = self.folder / "scores.json", self.folder / "checkpoint"
         self.identity, self.events = self.folder / "run.json", self.folder / "events.jsonl"
         self.text_log = Path("logs", f"{run_id}.txt")
+
+    def __getattr__(self, kind: str) -> Path:
+        if kind not in KINDS:
+            raise AttributeError(kind)
+        return self.folder / KINDS[kind][0]
 
     def done(self, stage: str, config: Config) -> bool:
         """Return whether a stage has left all it makes."""
@@ -4304,7 +4311,7 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
     if source and not source.is_file():
         faults.append(f"STAGE={config.stage}: {source} does not exist; set RUN_ID or INPUT_PATH "
                       "to a run that has it")
-    elif source and config.reads == "weights" and config.gptq_enabled and not (
+    elif source and config.stage == "quantize" and config.gptq_enabled and not (
             stats := source.with_name(files.stats.name)).is_file():
         faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
                       "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
@@ -4678,7 +4685,7 @@ def train_stage(session: Session):
         calibration = Calibration(state.model, config, runtime) if config.gptq_enabled else None
     with clock.span("warmup"):
         budget = warm_up_and_budget(session, trainer, calibration)
-    state.average = Average(state.optimizers.bank, config.ema_decay)
+    state.average = Average(state.optimizers.bank, config)
     trained = config.resume and resume_training(session, trainer)
     if not trained:
         runtime.signals.deferred = True
@@ -4802,8 +4809,8 @@ def quantize_stage(session: Session) -> dict:
 def quantize_files(session: Session) -> dict:
     """Read weights and statistics, write the artifact; returns its sizes and steps."""
     log, files = session.log, session.files
-    source = files.source(session.config, "weights")
-    header, weights = read_tensors(source, "weights")
+    source = files.source(session.config, kind := STAGES["quantize"].reads)
+    header, weights = read_tensors(source, kind)
     config = adopt(session.config, header, "quantize", source)
     check_tensors(weights, forms := weight_forms(config), source)
     check_no_more(set(weights) - set(forms), source)
@@ -4891,6 +4898,9 @@ def evaluate_stage(session: Session):
     session.facts.update(val_tokens=tokens, val_bytes=size, val_sha256=text.sha256)
 
 
+WORK = {"train": train_stage, "quantize": quantize_stage, "evaluate": evaluate_stage}
+
+
 def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     """Read settings, join the ranks, check everything; raises ConfigError with all faults."""
     config = load_config(env)
@@ -4939,14 +4949,13 @@ def run(env, check: bool):
             log.event("notice", text=f"RESUME=1: {files.folder} holds no run; this one is new")
         log.event("attention", backend=name, max_error=error)
         describe_data(session)
-        work = dict(train=train_stage, quantize=quantize_stage, evaluate=evaluate_stage)
         try:
-            for stage in filter(config.runs, work):
+            for stage in filter(config.runs, WORK):
                 if config.resume and runtime.share(files.done(stage, config)):
                     log.event("resumed", text=f"{stage} was finished before", stage=stage)
                     session.facts.update(resumed=True)
                 else:
-                    work[stage](session)
+                    WORK[stage](session)
         except Interrupted as stop:
             log.event("interrupted", signal=str(stop), run_id=config.run_id,
                       folder=str(files.folder))

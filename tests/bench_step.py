@@ -116,7 +116,7 @@ class Ours:
         config, runtime = bench.config, bench.runtime
         self.model = bench.model()
         optimizers = train_gpt.Optimizers(self.model, config, runtime)
-        self.average = train_gpt.Average(optimizers.bank, config.ema_decay)
+        self.average = train_gpt.Average(optimizers.bank, config)
         state = train_gpt.TrainState(self.model, optimizers, self.average)
         self.trainer = train_gpt.Trainer(state, config, runtime, train_gpt.Log(False),
                                          train_gpt.Clock())

@@ -77,7 +77,7 @@ def trained(folder):
     shards = train_gpt.ShardSet(train_gpt.find_shards(config.shard_dir, "train"),
                                 config.train_seq_len)
     loader = train_gpt.Loader(shards, config, runtime)
-    state.average = train_gpt.Average(state.optimizers.bank, config.ema_decay)
+    state.average = train_gpt.Average(state.optimizers.bank, config)
     rates = dataclasses.replace(train_gpt.schedule(config, 0, 0.0), lr_multiplier=0.05)
     batch = loader.batch(0)
     losses = [trainer.update(batch, layout, rates).item()]

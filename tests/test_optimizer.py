@@ -220,7 +220,7 @@ def test_steps_equal_the_reference(changes, scale):
     config = toy_config(**changes)
     model = random_model(config)
     reference, optimizers = Reference(model, config), Optimizers(model, config, Rank())
-    average = Average(optimizers.bank, config.ema_decay)
+    average = Average(optimizers.bank, config)
     for step, rates in enumerate(STEPS):
         grads = random_grads(model, step, scale)
         for name, p in model.named_parameters():
@@ -414,7 +414,7 @@ def test_phases_are_the_orders_of_the_run():
 def test_average_follows_the_reference_in_fp32(dtype):
     model = random_model(toy_config(), dtype=dtype)
     bank = Bank(partition(model))
-    average = Average(bank, 0.75)
+    average = Average(bank, toy_config(ema_decay=0.75))
     expected = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     for _ in range(3):
         with torch.no_grad():
@@ -445,7 +445,7 @@ class Windows:
 def trainer_of(config, dtype=torch.float32):
     model = random_model(config, dtype=dtype)
     optimizers = Optimizers(model, config, Rank(dtype=dtype))
-    average = Average(optimizers.bank, config.ema_decay)
+    average = Average(optimizers.bank, config)
     state = TrainState(model, optimizers, average)
     return Trainer(state, config, Rank(dtype=dtype), Log(False), Clock())
 

@@ -48,10 +48,10 @@ def test_mutated_input_is_read_or_refused_in_the_readers_own_words(target, rng):
     attempt(target, as_case(target.make(rng)))
 
 
-@pytest.mark.parametrize("kind, name", [(kind, name) for kind, fields in train_gpt.HEADERS.items()
-                                        for name in fields])
+@pytest.mark.parametrize("kind, name", [
+    (kind, name) for kind, (_, fields) in train_gpt.KINDS.items() for name in fields])
 def test_a_header_that_lacks_something_is_refused_naming_it_and_the_file(kind, name):
-    header = {field: form() for field, form in train_gpt.HEADERS[kind].items()}
+    header = {field: form() for field, form in train_gpt.KINDS[kind][1].items()}
     data = train_gpt.pack_tensors(dict(header, kind=kind), {})
     assert train_gpt.open_container(data, kind, "some/file")[1] == {}
     for wrong in ({}, {name: None}, {name: ["x"] if header[name] != [] else "x"}):

@@ -72,7 +72,7 @@ def trainer_of(config):
     # as on a GPU; the CPU's other AdamW reads its step counter, which lies on the host there
     for group in optimizers.adamw.param_groups:
         group["fused"] = True
-    average = Average(optimizers.bank, config.ema_decay)
+    average = Average(optimizers.bank, config)
     state = TrainState(model, optimizers, average)
     return Trainer(state, config, runtime, Log(False), Clock())
 
