@@ -202,14 +202,14 @@ def test_artifact_holds_no_trace_of_the_run(tiny_run, tiny_env):
 
 
 @pytest.fixture(scope="module")
-def staged_run(tiny_env, shared):
-    """The tiny run as three processes, one for each stage."""
+def staged_run(tiny_env, nursery, shared):
+    """The tiny run as three forked processes, one for each stage."""
     def make(cwd):
         env = {**tiny_env, "RUN_ID": "staged"}
         for stage in ("train", "quantize", "evaluate"):
-            outcome = run_script({**env, "STAGE": stage}, cwd)
-            assert outcome.rc == 0, outcome.stderr
-        return TinyRun(cwd, "staged", outcome)
+            run = nursery.run({**env, "STAGE": stage}, cwd)
+            assert run.rc == 0, run.stderr
+        return TinyRun(cwd, "staged", Outcome(run.rc, run.stdout, run.stderr, None))
     return shared("staged_run", make)
 
 
