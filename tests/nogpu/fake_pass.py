@@ -305,7 +305,8 @@ class Pass:
         return "cuda", on_gpu
 
     def quantize_trellis(self):
-        return self.quantize()
+        """Some of each sort: a table, matrices whose rows are coupled, matrices whose are not."""
+        return self.quantize(fp16_max_numel=150)
 
     def quantize_scalar(self):
         return self.quantize(trellis=False)
