@@ -1,11 +1,10 @@
-"""The steady step: nothing compiles after warm-up, and the host never waits for a result."""
+"""The steady step: the host never waits for a result. What compiles: test_graphs.py."""
 
 import itertools
 import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,20 +76,6 @@ def trainer_of(config):
     return Trainer(state, config, runtime, Log(False), Clock())
 
 
-def validation(config, num_targets):
-    """Return random validation text."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, num_targets + 1)
-    target_bytes = np.ones(num_targets, np.uint16)
-    return train_gpt.Validation(tokens.astype(np.uint16), target_bytes, num_targets, "table",
-                                num_targets, num_targets, "")
-
-
-def scorer(trainer, text, stride):
-    """Return validation() of `train`."""
-    windows = trainer.config.eval_seq_len, stride, trainer.config.eval_batch_windows
-    return lambda: train_gpt.score(trainer.losses_of, text, windows, trainer.runtime)
-
-
 # ---- the host ------------------------------------------------------------------------------
 
 
@@ -151,62 +136,3 @@ def test_no_step_waits_for_the_gpu():
         trainer.state.average.update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-# ---- the compiler --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ahead_of_time(monkeypatch):
-    """Let the script's torch.compile trace and differentiate, but generate no code: it is fast."""
-    real = torch.compile
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile",
-                        lambda function, **options: real(function, backend="aot_eager", **options))
-    yield
-    torch._dynamo.reset()
-
-
-def graphs():
-    """Return the compiler's own count of the graphs it has compiled."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-SHALLOW = dict(compile_enabled=True, num_layers=2, recur_layers=(0,), parallel_start_layer=1,
-               ve_layers=(1,), xsa_last_n=1, warmup_steps=0, iterations=5, recur_start_step=2,
-               val_loss_every=2, train_log_every=1, val_batch_tokens=8 * 8 * 4)
-
-
-def test_nothing_compiles_after_warm_up(ahead_of_time):
-    """Over a depth switch, micro-batches, validations under both orders and a partial batch."""
-    trainer = trainer_of(toy_config(**SHALLOW, micro_batch_tokens=32))
-    text = validation(trainer.config, 10 * 8 + 3)  # two batches of four windows and a partial one
-    before = graphs()
-    trainer.warm_up()
-    warm = graphs()
-    assert warm > before, "compilation is on"
-    validate = scorer(trainer, text, trainer.config.eval_seq_len)
-    trainer.train(Windows(trainer.config), 0.0, validate, Path("never-written"))
-    assert trainer.state.phase == 1 == len(trainer.phases) - 1
-    assert graphs() == warm
-
-
-def test_short_validation_compiles_nothing_either(ahead_of_time):
-    """Text of fewer windows than a batch has."""
-    trainer = trainer_of(toy_config(**SHALLOW))
-    trainer.warm_up()
-    warm = graphs()
-    text = validation(trainer.config, 2 * 8)
-    scorer(trainer, text, trainer.config.eval_seq_len)()
-    assert graphs() == warm
-
-
-def test_sliding_evaluation_compiles_one_graph_a_shape(ahead_of_time):
-    """The first window scores all it holds, the others their ends: two graphs, however long."""
-    trainer = trainer_of(toy_config(**SHALLOW))
-    counts = []
-    for num_targets in (8 * 9 + 1, 8 * 40 + 3):
-        before = graphs()
-        scorer(trainer, validation(trainer.config, num_targets), 2)()
-        counts.append(graphs() - before)
-    assert counts == [2, 0]
