@@ -148,7 +148,7 @@ def complete(script, given: Settings, tokens: int | None, vocab_size: int) -> Se
     config = script.load_config(settings)
     for share, steps in BY_SHARE.items():
         if getattr(config, share.lower()) is None and steps.lower() not in config.explicit:
-            settings[share] = str(script.PRESETS["one_gpu"][share.lower()])
+            settings[share] = script.preset_settings("one_gpu")[share]
     batch = config.train_batch_tokens
     if tokens is not None and (not tokens or tokens % batch):
         steps = max(1, round(tokens / batch))

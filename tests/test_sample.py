@@ -9,6 +9,7 @@ import sample
 import torch
 
 import records
+import train_gpt
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,12 @@ def call(capsys, *argv):
     code = records.main([str(a) for a in argv])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def read_alone(rows):
+    """Return rows of tokens as a batch whose every place is asked for."""
+    rows = torch.as_tensor(rows)
+    return train_gpt.Batch(rows, rows)
 
 
 def texts(capsys, *argv):
@@ -45,7 +52,7 @@ def test_temperature_zero_takes_the_likeliest_token_each_time(artifact):
     model, layout = opened.model()
     row = [1, 40, 50]
     for token in found[0]:
-        assert int(model.logits(torch.tensor([row]), layout)[0, -1].argmax()) == token
+        assert int(model.logits(read_alone([row]), layout)[0, -1].argmax()) == token
         row.append(token)
 
 
@@ -56,7 +63,7 @@ def test_what_is_kept_of_earlier_tokens_changes_no_logit(artifact):
     keeping, _ = opened.model(attend=memory.attend)
     rows = torch.arange(2, 62).view(2, 30) * 7 % 500
     for end in (5, 6, 7, 12, 13, 30):
-        expected = model.logits(rows[:, :end], layout)[:, -1]
+        expected = model.logits(read_alone(rows[:, :end]), layout)[:, -1]
         assert torch.allclose(memory.logits(keeping, layout, rows[:, :end]), expected, atol=1e-4)
 
 

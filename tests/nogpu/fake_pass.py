@@ -208,7 +208,7 @@ class Pass:
         t, config, runtime = self.t, self.config, self.runtime
         self.state = t.TrainState(self.model, t.Optimizers(self.model, config, runtime))
         self.trainer = t.Trainer(self.state, config, runtime, t.Log(False), t.Clock())
-        self.state.average = self.t.Average(self.state.optimizers.bank, 0.9)
+        self.state.average = self.t.Average(self.state.optimizers.bank, self.config)
         return "cuda", [self.state.optimizers.bank.weights, self.state.optimizers.momenta,
                         self.state.average.shadow]
 
@@ -298,7 +298,7 @@ class Pass:
         quantizer = self.t.Quantizer(weights, known, config, self.runtime.device)
         on_gpu = [quantizer.rule.codes(group, 1.0, solved) for solved in (True, False)
                   for group in quantizer.groups]
-        on_gpu += [[group.w_NRC, vars(group.factors) if group.factors else {}, group.plan]
+        on_gpu += [[group.w_NRC, group.factors, group.plan]
                    for group in quantizer.groups]
         fault = all_on("cpu", quantizer.codes_at(1.0, False))
         assert not fault, fault

@@ -15,7 +15,7 @@ from conftest import base_env
 from nogpu import fake_pass, fakecuda
 
 # Part -> (functions that ask for values, functions that copy between host and device).
-CODING = {"factor_hessians", "group"}, {"stack", "factor_hessians", "codes_at"}
+CODING = {"factor_hessians", "__init__"}, {"__init__", "stack", "factor_hessians", "codes_at"}
 BY_FISHER = CODING[0] | {"plan"}, CODING[1] | {"steps_from_codes"}
 BY_TRELLIS = BY_FISHER[0], BY_FISHER[1] | {"couple_rows", "trellis_tables"}
 LISTED = dict(
