@@ -46,9 +46,11 @@ except ImportError:raise SystemExit('error: brotli is not installed: pip install
 *w,s=brotli.decompress('''PAYLOAD'''.encode('l1')).decode('l1').split('\\0')
 for i,x in enumerate(w,128):s=s.replace(chr(i),x)
 s=s.encode('l1')
-d=tempfile.gettempdir()
-f,t=tempfile.mkstemp(dir=d)
-with open(f,'wb')as f:f.write(s)
+try:
+ d=tempfile.gettempdir()
+ f,t=tempfile.mkstemp(dir=d)
+ with open(f,'wb')as f:f.write(s)
+except OSError as e:raise SystemExit(f'error: temporary folder: {e}; set TMPDIR to one with room')
 p=os.path.join(d,f'train_gpt_{hashlib.sha256(s).hexdigest()[:16]}_{os.stat(t).st_uid}.py')
 os.replace(t,p)
 linecache.cache[__file__]=len(s),None,s.decode().splitlines(True),p

@@ -217,6 +217,21 @@ def test_missing_brotli_is_one_line(tmp_path):
     assert rc == 1 and err == 'error: brotli is not installed: pip install "brotli>=1.2"\n'
 
 
+def test_a_full_temporary_folder_is_one_line_that_names_the_setting(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = pack_toy(tmp_path, f"print({[*range(4000)]})")
+
+    def narrow():  # files end at 8 KiB, as on a disk that fills
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, preexec_fn=narrow, text=True,
+                          env={**conftest.base_env(tmp_path), "TMPDIR": str(tmp_path)},
+                          capture_output=True, timeout=120)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: temporary folder: ") and "set TMPDIR" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_triton_kernels_find_their_source(tmp_path):
     pytest.importorskip("triton")
     path = pack_toy(tmp_path, "import triton, triton.language as tl\n@triton.jit\n"
