@@ -173,7 +173,10 @@ def test_what_only_the_script_checks_is_refused_too(track, capsys):
 def test_interrupted_runs_are_asked_to_end_and_go_on(track):
     command = [sys.executable, str(REPO / "tests" / "race.py"),
                *track.arguments(PLAIN, "long: LOGIT_SOFTCAP=31", seeds="1")]
-    going = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # the suite may itself run in a shell's background, where Ctrl-C is ignored
+    going = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 30
     while going.poll() is None and time.monotonic() < deadline and (
             len(track.started()) < 2 or not track.lines()):
