@@ -545,8 +545,8 @@ def preset_settings(names: str) -> dict[str, str]:
     for name in filter(None, map(str.strip, names.split(","))):
         pairs = PRESETS.get(name, "").split()
         if not pairs and Path(name).is_file():
-            lines = (line.split("#")[0].strip() for line in Path(name).read_text().splitlines())
-            pairs = [line for line in lines if line]
+            lines = Path(name).read_text(encoding="utf-8").splitlines()
+            pairs = [text for line in lines if (text := line.split("#")[0].strip())]
         if not pairs or not all("=" in pair for pair in pairs):
             raise ValueError(f"{name!r} must be one of {', '.join(PRESETS)}, or the path of a file "
                              "of NAME=VALUE lines")
@@ -697,7 +697,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# == 2 Runtime: ranks, device, clock, log, files ==================================================
+# == 2 Runtime: ranks, device, clock, signals, log ================================================
 
 class Runtime:
     """This process among the ranks of a run: device, number formats, collectives.
@@ -708,7 +708,7 @@ class Runtime:
 
     def __init__(self, env, config: Config):
         self.rank, local_rank, self.world_size = launched_as(env)
-        self.is_main, self.signals = self.rank == 0, Signals()
+        self.is_main, self.leads_machine, self.signals = self.rank == 0, local_rank == 0, Signals()
         cuda = torch.cuda.is_available() and config.device != "cpu"
         if config.device == "cuda" and not cuda:
             raise ConfigError(["DEVICE=cuda: torch sees none; unset it or install a CUDA build"])
@@ -1415,7 +1415,7 @@ def check_no_more(left, origin):
         raise ContainerError(f"{origin}: tensors the model does not have: {sorted(left)[:3]}")
 
 
-# == 3 Data: shards, the order of windows, target bytes ===========================================
+# == 3 Data: shards, batches, the order of windows, the bytes of the validation text ==============
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 # Published validation texts: (targets in whole windows of 2048, their bytes by the table), or the
@@ -1671,14 +1671,14 @@ def count_bytes(tokens: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndar
     return by_table, decoded, raw
 
 
-def judge_bytes(processor, tokens: np.ndarray, sidecar=None) -> list[tuple[int, str]]:
+def judge_bytes(tokens: np.ndarray, pieces: Pieces, counts, sidecar=None) -> list[tuple[int, str]]:
     """Return why the bytes of a text's tokens (N,) cannot be believed: first bad token, text.
 
-    Exact, over all of them. Without a sidecar (N,) a score divides by the byte table, which must
-    then count what the tokens decode to. The same rule as data/encoding.py's.
+    Exact, over all of them. counts: of `count_bytes`. Without a sidecar (N,) a score divides by
+    the byte table, which must then count what the tokens decode to. As in data/encoding.py.
     """
-    pieces, faults = read_pieces(processor), []
-    by_table, decoded, raw = count_bytes(tokens, pieces)
+    faults: list[tuple[int, str]] = []
+    by_table, decoded, raw = counts
 
     def bad(where, text):
         if where.any():
@@ -1822,12 +1822,12 @@ def name_validation(by_table: np.ndarray, denominator: int) -> str:
     return KNOWN_VALIDATION.get(len(by_table) + 1, "UNKNOWN") if near else "UNKNOWN"
 
 
-def load_validation(config: Config) -> Validation:
+def load_validation(config: Config, judged: bool = True) -> Validation:
     """Return the validation tokens and the bytes each target stands for.
 
     Bytes come from a sidecar (`fineweb_val_bytes_*.bin`, uint16 per token) where one lies beside
     the shards, else from the tokenizer's byte table. Raises ValueError where they, the tokens or
-    the tokenizer cannot belong to each other.
+    the tokenizer cannot belong to each other; judged False: another process looks for that.
     """
     folder, vocab_size = config.shard_dir, config.vocab_size
     processor = load_tokenizer(config.tokenizer_file)
@@ -1840,12 +1840,13 @@ def load_validation(config: Config) -> Validation:
         raise ValueError(f"{folder}: {len(tokens)} validation tokens to {tokens.max(initial=0)}, "
                          f"VOCAB_SIZE={vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
     sidecars = [open_shard(path) for path in find_shards(folder, "val_bytes")]
-    sidecar = np.concatenate(sidecars) if sidecars else None
-    faults = [f"token {place} {text}" for place, text in judge_bytes(processor, tokens, sidecar)]
-    if fault := "; ".join(faults) or sample_fault(processor, pieces, tokens, SAMPLES):
+    sidecar, counts = np.concatenate(sidecars) if sidecars else None, count_bytes(tokens, pieces)
+    faults = judge_bytes(tokens, pieces, counts, sidecar) if judged else []
+    fault = "; ".join(f"token {place} {text}" for place, text in faults)
+    if judged and (fault := fault or sample_fault(processor, pieces, tokens, SAMPLES)):
         raise ValueError(f"{folder}: validation text, read with TOKENIZER_PATH="
                          f"{config.tokenizer_file}: {fault}")
-    by_table, _, raw = (column[1:] for column in count_bytes(tokens, pieces))
+    by_table, _, raw = (column[1:] for column in counts)
     target_bytes = by_table if sidecar is None else sidecar[1:]
     warnings = [f"{path.name}: holds {size} tokens" for path in shards
                 if (size := len(open_shard(path))) < config.eval_seq_len]
@@ -1866,6 +1867,13 @@ def load_validation(config: Config) -> Validation:
                       name_validation(by_table, scored), tuple(warnings))
 
 
+def vocabulary_faults(config: Config, path: Path, tokens: np.ndarray) -> list[str]:
+    """Return a line where a shard's tokens (N,) are beyond the vocabulary."""
+    largest, size = tokens.max(initial=0), config.vocab_size
+    text = f"{path}: token {largest} is outside VOCAB_SIZE={size}: a shard of another vocabulary"
+    return [text] if largest >= size else []
+
+
 def data_faults(config: Config) -> list[str]:
     """Return what can be seen of faults in the files a run would read, one line each."""
     folder, faults = config.shard_dir, []
@@ -1876,10 +1884,7 @@ def data_faults(config: Config) -> list[str]:
             faults.append(f"DATA_PATH={folder}: {where}")
         for path in files:
             try:
-                largest = open_shard(path)[:65_536].max(initial=0)
-                if largest >= config.vocab_size:
-                    faults.append(f"{path}: token {largest} is outside VOCAB_SIZE="
-                                  f"{config.vocab_size}: a shard of another vocabulary")
+                faults += vocabulary_faults(config, path, open_shard(path)[:65_536])
             except (ValueError, OSError) as error:
                 faults.append(str(error))
     if config.text and not config.tokenizer_file.is_file():
@@ -1907,10 +1912,8 @@ def training_faults(config: Config, files: list[Path]) -> list[str]:
         shard = open_shard(path)
         places = np.linspace(0, max(0, len(shard) - 4096), 4).astype(int)
         tokens = np.concatenate([shard[at:at + 4096] for at in places])
-        if tokens.max(initial=0) >= config.vocab_size:
-            faults.append(f"{path}: token {tokens.max()} is outside VOCAB_SIZE="
-                          f"{config.vocab_size}: a shard of another vocabulary")
-        elif len(tokens) and (fault := sample_fault(processor, pieces, tokens, 40)):
+        faults += (found := vocabulary_faults(config, path, tokens))
+        if len(tokens) and not found and (fault := sample_fault(processor, pieces, tokens, 40)):
             faults.append(f"{path}: {fault}")
     return faults
 
@@ -3928,7 +3931,6 @@ class Trainer:
         for dtype, flat in optimizers.bank.weights.items():
             flat.copy_(saved[dtype])
         optimizers.reset()
-        optimizers.zero_grad()
         self.first_bad.fill_(-1)
 
     def train(self, loader: Loader, budget_seconds: float, validation, checkpoint: Path):
@@ -4247,8 +4249,11 @@ class Inputs:
     warnings: tuple[str, ...] = ()  # of what was read
 
 
-def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
-    """Return what this run reads and every fault of it, one line each."""
+def take_inputs(config: Config, judged: bool = True) -> tuple[Inputs, list[str]]:
+    """Return what this run reads and every fault of it, one line each.
+
+    judged False: another process of this machine looks at what the tokens say.
+    """
     code = Path(__file__).read_bytes()
     # a packed script runs from its unpacked text, while __file__ is the file that counts
     source = Path(take_inputs.__code__.co_filename).read_text(encoding="utf-8")
@@ -4258,7 +4263,7 @@ def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
     try:
         if config.text and sentencepiece and not faults:
             tokenizer = hashlib.sha256(config.tokenizer_file.read_bytes()).hexdigest()
-            text, warnings = load_validation(config), unread_files(config)
+            text, warnings = load_validation(config, judged), unread_files(config)
             found.update(text=text, tokenizer_sha256=tokenizer)
             if "train" in config.text:
                 files = find_shards(config.shard_dir, "train")
@@ -4266,7 +4271,7 @@ def take_inputs(config: Config) -> tuple[Inputs, list[str]]:
                 found.update(shards=shards, train_sha256=fingerprint(files))
                 warnings += [f"{path.name}: holds no window of TRAIN_SEQ_LEN tokens" for path, count
                              in zip(files, np.diff(shards.first)) if not count]
-                faults = training_faults(config, files)
+                faults = training_faults(config, files) if judged else []
                 if not shards.num_windows:
                     faults = [f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
                               f"are less than one window of TRAIN_SEQ_LEN={config.train_seq_len}; "
@@ -4336,6 +4341,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, str]:
     found["train_gpt.py"] = inputs.code_sha256
     if inputs.text:
         found.update({"val shards": inputs.text.sha256, "tokenizer": inputs.tokenizer_sha256})
+        found["bytes scored"] = str(inputs.text.target_bytes.sum())  # a sidecar may differ alone
     if inputs.shards:
         found["train shards"] = inputs.train_sha256
     return found
@@ -4403,7 +4409,7 @@ def device_faults(config: Config, runtime: Runtime) -> list[str]:
 
 def preflight(config: Config, runtime: Runtime, files: RunFiles) -> tuple[Inputs, list[str]]:
     """Return what the run reads, and every fault, of all ranks, that would end the run later."""
-    inputs, data = take_inputs(config)
+    inputs, data = take_inputs(config, judged=runtime.leads_machine)
     faults = package_faults(config) + device_faults(config, runtime) + data
     if runtime.is_main:
         faults += file_faults(config, files)
@@ -4583,8 +4589,8 @@ def log_head(session: Session, env, report: dict):
     for line in notices(config, env) + runtime.notices():
         log.event("notice", text=line)
     for line in session.inputs.warnings:
+        session.facts.setdefault("warnings", []).append(line)
         log.event("notice", text=f"warning: {line}")
-        session.facts["warnings"] = list(session.inputs.warnings)
     log.event("preflight", **report)
 
 
@@ -4673,8 +4679,7 @@ def close_run(session: Session):
     log.close()
 
 
-# == 12 Stages: preflight, train, quantize, evaluate, main ========================================
-
+# == 12 Stages: train, quantize, evaluate, main ===================================================
 
 def train_stage(session: Session):
     """Train, average, calibrate; write weights, then statistics."""
@@ -4918,8 +4923,8 @@ def start(env, check: bool) -> tuple[Config, Runtime, RunFiles, Inputs, dict]:
     report = (predict(config, runtime, inputs.code_bytes)
               if runtime.is_main and (check or not faults) else {})
     if check and runtime.is_main:
-        print("\n".join(["check: " + report["text_report"], *notices(config, env),
-                         *(f"warning: {line}" for line in inputs.warnings)]))
+        Log(True).show("\n".join(["check: " + report["text_report"], *notices(config, env),
+                                  *(f"warning: {line}" for line in inputs.warnings)]))
     if report:
         faults += forecast_faults(config, runtime, report)
     if faults := runtime.share(faults):
@@ -4935,7 +4940,8 @@ def run(env, check: bool):
     if check:
         if runtime.is_main:
             val = f"check: val: {inputs.text.name}\n" if inputs.text else ""
-            print(f"{val}check: all is well; attention {name}, max error against math {error:.1e}")
+            Log(True).show(f"{val}check: all is well; attention {name}, max error against math "
+                           f"{error:.1e}")
         return runtime.close()
     with contextlib.ExitStack() as held, runtime.switches(), scope, runtime.signals:
         runtime.first(held.enter_context, claimed(files))

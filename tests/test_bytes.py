@@ -289,3 +289,29 @@ def test_files_that_are_not_numbered_are_no_shards_and_are_mentioned(corpus, nam
     inputs, faults = take_inputs(corpus.config())
     assert faults == [] and len(inputs.text.tokens) == len(corpus.tokens)
     assert any(name in line for line in inputs.warnings)
+
+
+def test_one_process_of_a_machine_judges_and_all_read_the_same(corpus, monkeypatch):
+    config, judged = corpus.config(), []
+    monkeypatch.setattr(train_gpt, "judge_bytes", lambda *args: judged.append(args) or [])
+    texts = [take_inputs(config, judged=alone)[0].text for alone in (True, False)]
+    assert len(judged) == 1 and len({text.sha256 for text in texts}) == 1
+    assert len({text.target_bytes.tobytes() for text in texts}) == 1
+    monkeypatch.undo()
+    corpus.write("val", np.append(corpus.tokens, 3).astype(np.uint16))  # the unknown token
+    runtime = train_gpt.Runtime({}, config)
+    assert runtime.leads_machine
+    (fault,) = train_gpt.preflight(config, runtime, train_gpt.RunFiles("x"))[1]
+    assert "is the unknown one" in fault
+
+
+def test_a_sidecar_that_changed_alone_is_another_text(corpus):
+    """Its tokens are the same, and so is what the shards hash to; the denominator is not."""
+    side = honest(corpus)
+    corpus.write("val_bytes", side)
+    config = corpus.config()
+    before = train_gpt.identity(config, take_inputs(config)[0])
+    side[np.flatnonzero(side > 2)[-1]] += 1
+    corpus.write("val_bytes", side)
+    after = train_gpt.identity(config, take_inputs(config)[0])
+    assert {name for name in after if after[name] != before[name]} == {"bytes scored"}

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
+
 sentencepiece = pytest.importorskip("sentencepiece")
 
 REPO = Path(__file__).resolve().parents[1]
@@ -208,6 +210,7 @@ def stream_of(processor, texts, encode=bytes):
 
 
 rules_of = functools.cache(encoding.byte_rules)
+pieces_of = functools.cache(train_gpt.read_pieces)
 
 
 def data_judge(processor, tokens, sidecar=None):
@@ -220,16 +223,16 @@ def data_judge(processor, tokens, sidecar=None):
     return [(fault.position, fault.text) for fault in faults]
 
 
-@functools.cache
-def judges():
-    """Return everything that judges a stream, by name: train_gpt.py's own copy of it, too.
+def script_judge(processor, tokens, sidecar=None):
+    """Return the same of train_gpt.py's own copy of the rule."""
+    pieces = pieces_of(processor)
+    counts = train_gpt.count_bytes(tokens, pieces)
+    return train_gpt.judge_bytes(tokens, pieces, counts, sidecar)
 
-    That is a `judge_bytes` with the arguments and the result of `data_judge`.
-    """
-    found = {"data": data_judge}
-    if "def judge_bytes(" in (REPO / "train_gpt.py").read_text(encoding="utf-8"):
-        found["script"] = pytest.importorskip("train_gpt").judge_bytes
-    return found
+
+def judges():
+    """Return everything that judges a stream, by name."""
+    return {"data": data_judge, "script": script_judge}
 
 
 def all_find(processor, tokens, sidecar=None, where=None):
