@@ -5,9 +5,9 @@ and trimmed): the byte table (shards.byte_table) counts that normalised text. Th
 piece is the part of the *raw* text it came from: pieces tile the raw text without gaps or
 overlap, except for what normalisation discards at the document's two edges.
 
-A score divides by bytes, so `account` holds three counts of one stream against each other: the
-byte table's, the text that the tokens decode to (by the decoder itself, id by id), and a sidecar's.
-train_gpt.py has its own short copy of that rule; a test holds both to each other.
+A score divides by bytes, so the account of bytes below holds three counts of one stream against
+each other: the byte table's, the text that the tokens decode to (by the decoder itself, id by id),
+and a sidecar's. train_gpt.py has its own short copy of that rule; a test holds both to each other.
 """
 
 import io
@@ -84,8 +84,8 @@ def check_tokenizer(processor: sentencepiece.SentencePieceProcessor, name: objec
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int,
-                    operators: Sequence[str] = ()) -> bytes:
-    """Return a SentencePiece model trained on texts by the published recipe.
+                    operators: Sequence[str] = (), **changes: Any) -> bytes:
+    """Return a SentencePiece model trained on texts by the published recipe, but for `changes`.
 
     operators: pieces of their own right after the control pieces, as CaseOps needs them. Reading
     from and writing to memory keeps paths out of the model; one thread keeps it the same
@@ -95,7 +95,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int,
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size,
-            user_defined_symbols=list(operators), num_threads=1, minloglevel=2, **RECIPE)
+            num_threads=1, minloglevel=2,
+            **{**RECIPE, "user_defined_symbols": list(operators), **changes})
     except RuntimeError as error:
         raise ValueError(f"SentencePiece could not train {vocab_size} pieces: "
                          f"{' '.join(str(error).split())}; choose another --vocab-size") from None
@@ -233,8 +234,8 @@ def byte_rules(processor: sentencepiece.SentencePieceProcessor) -> Rules:
     is_byte = byte_values >= 0
     visible = np.flatnonzero(~table.is_boundary & ~table.leading_space & ~is_byte)
     anchor = int(visible[0]) if len(visible) else int(np.argmax(byte_values == ord("a")))
-    texts = [text[len(processor.decode([anchor])):].encode()
-             for text in processor.decode([[anchor, i] for i in ids])]
+    lead = len(processor.decode([anchor]))
+    texts = [text[lead:].encode() for text in processor.decode([[anchor, i] for i in ids])]
     inside = np.where(is_byte, 1, [len(text) for text in texts])
     first = np.where(is_byte, 1, [len(t.encode()) for t in processor.decode([[i] for i in ids])])
     ascii_bytes = np.where(is_byte, byte_values < 128, [sum(c < 128 for c in t) for t in texts])
@@ -242,11 +243,12 @@ def byte_rules(processor: sentencepiece.SentencePieceProcessor) -> Rules:
     has_space = np.array([b" " in text for text in texts])
     most = np.where(has_space, shards.MAX_TOKEN, MOST_TIMES * inside + MOST_SLACK)
     operators = operator_ids(processor)
+    is_operator = np.isin(ids, operators)
     return Rules(
         table, inside.astype(np.uint16), first.astype(np.uint16), least.astype(np.uint32),
         most.astype(np.int32), np.array([processor.is_unknown(i) for i in ids]),
-        np.isin(ids, operators), ~has_space & ~is_byte & (inside > 0) & ~np.isin(ids, operators),
-        byte_values, processor.bos_id(),
+        is_operator, ~has_space & ~is_byte & (inside > 0) & ~is_operator, byte_values,
+        processor.bos_id(),
         operators[caseops.OPERATORS.index(caseops.ESC)] if operators else -1)
 
 

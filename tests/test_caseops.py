@@ -1,16 +1,12 @@
 """Laws of CaseOps: exactly invertible, and every original byte counted once."""
 
 import re
-import sys
-from pathlib import Path
 
+import caseops
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import caseops  # noqa: E402
 
 T, A, C, E = "\ue001", "\ue002", "\ue003", "\ue004"
 ANY_TEXT = st.text()

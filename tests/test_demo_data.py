@@ -14,10 +14,10 @@ import pytest
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))  # the scripts in data/ import each other by bare name
 import build_demo  # noqa: E402
 import shards  # noqa: E402
+
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,14 @@ import gzip
 import json
 import lzma
 import re
-import sys
 import tracemalloc
 from pathlib import Path
 
+import documents
 import pytest
+from documents import DataError, Document, Source, find_files, read_documents
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import documents  # noqa: E402
-from documents import DataError, Document, Source, find_files, read_documents  # noqa: E402
 
 TEXTS = ["plain", "two\nlines \u00e9\U0001f600", "", "\u2028 \x85 \x00 \r\n end"]
 UTF8_TEXT = st.text(st.characters(exclude_categories=["Cs"]))

@@ -17,14 +17,13 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
-DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))  # the scripts in data/ import each other by bare name
 import cached_challenge_fineweb as download  # noqa: E402
 import catalogue  # noqa: E402
 import hub as hub_module  # noqa: E402
 import integrity  # noqa: E402
 import shards  # noqa: E402
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 VARIANT = catalogue.VARIANTS["sp8192"]
 CASEOPS = catalogue.VARIANTS[catalogue.CASEOPS]
 FOLDER = f"datasets/{VARIANT.folder}"

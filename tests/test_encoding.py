@@ -7,7 +7,6 @@ too, and on planted faults. `judges` lists who must find them.
 """
 
 import functools
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -20,14 +19,12 @@ import train_gpt
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "data"))
 import caseops  # noqa: E402
 import documents  # noqa: E402
 import encoding  # noqa: E402
 import shards  # noqa: E402
 
-SHARED = REPO.parent / "shared"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 PUBLISHED = [f"fineweb_{name}.model" for name in (
     "1024_bpe", "4096_bpe", "8192_bpe", "8192_bpe_lossless_caps_caseops_v1_reserved")]
 
@@ -189,12 +186,8 @@ SOURCE = [f"def f{i}(x):\n        if x:\n                return   {i}\n\n\nthe e
 def tokenizer_of(recipe):
     """Return a processor of a recipe, trained on prose and on source with much white space."""
     changes = {**RIGHT, **WRONG}[recipe]
-    model = encoding.io.BytesIO()
-    options = {**encoding.RECIPE, "vocab_size": 420, **changes}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*SENTENCES, *SOURCE] * 3), model_writer=model, num_threads=1,
-        minloglevel=2, **options)
-    return encoding.load_processor(model.getvalue())
+    return encoding.load_processor(encoding.train_tokenizer(
+        [*SENTENCES, *SOURCE] * 3, **{"vocab_size": 420, **changes}))
 
 
 def stream_of(processor, texts, encode=bytes):

@@ -16,7 +16,8 @@ import time
 import numpy as np
 import pytest
 import race
-from conftest import REPO, SCRIPT, TINY_MODEL, TINY_RUN, load_shards_module
+import shards
+from conftest import REPO, SCRIPT, TINY_MODEL, TINY_RUN
 
 BASE = "TRAIN_BATCH_TOKENS=1024 MICRO_BATCH_TOKENS=1024 TRAIN_SEQ_LEN=64 EVAL_SEQ_LEN=64 DEVICE=cpu"
 PRETENDED = """
@@ -279,7 +280,7 @@ def test_validation_is_cut_between_documents(targets, kept):
 
 
 def test_a_cut_sidecar_goes_with_its_tokens(track, tiny_data):
-    shards, folder = load_shards_module(), track.folder / "source"
+    folder = track.folder / "source"
     shutil.copytree(tiny_data.shards, folder)
     val = shards.read_shard(folder / "fineweb_val_000000.bin")
     shards.write_shard(folder / "fineweb_val_bytes_000000.bin", np.arange(len(val)))

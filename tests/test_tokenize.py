@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "data"))
 import caseops  # noqa: E402
 import documents  # noqa: E402
 import encoding  # noqa: E402

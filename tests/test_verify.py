@@ -13,18 +13,15 @@ from hypothesis import strategies as st
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
-from conftest import train_tokenizer  # noqa: E402
-
-REPO = Path(__file__).resolve().parents[1]
-SHARED = REPO.parent / "shared"
-sys.path.insert(0, str(REPO / "data"))  # the scripts in data/ import each other by bare name
 import caseops  # noqa: E402
 import catalogue  # noqa: E402
 import encoding  # noqa: E402
 import integrity  # noqa: E402
 import shards  # noqa: E402
 import verify  # noqa: E402
+from conftest import REPO, train_tokenizer  # noqa: E402
 
+SHARED = REPO.parent / "shared"
 NUM_VAL, SHARD_TOKENS = 30, 1_500
 # Of these normalisation changes the last two, by 1 - 3 (a ligature's "fi", 2) and -2 bytes.
 CURIOUS = ["naïve café 日本 🙂", "a \ufb01ne line", "two  spaces   here"]
