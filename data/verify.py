@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -342,6 +342,7 @@ def read_again(tokens: "list[np.ndarray]", processor, jobs: int) -> tuple[list[i
     return [len(text.encode("utf-8")) for text in texts], [a == b for a, b in zip(again, ids)]
 
 
+@lru_cache(maxsize=1)  # asked for with each batch, of one tokenizer
 def control_ids(processor) -> "np.ndarray":
     """Return which ids are control pieces, (V,) bool."""
     return np.array([processor.is_control(i) for i in range(processor.get_piece_size())])
