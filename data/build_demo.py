@@ -364,9 +364,10 @@ def inspect_product(out, vocab_size):
         for name, entry in manifest["files"].items():
             if shards.sha256_of(out / name) != entry["sha256"]:
                 return None, f"{name} has changed since it was built"
+        figures(manifest, out)
     except FileNotFoundError as error:
         return None, f"no {Path(error.filename).name} yet"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None, "its manifest is unreadable"
     return manifest, ""
 
@@ -410,15 +411,23 @@ def say(line):
     print(f"demo: {line}", flush=True)
 
 
+def figures(manifest, out):
+    """Return the lines of a manifest's figures, and the next command."""
+    lines = [f"{part}: {size['documents']:,} documents, {size['bytes']:,} bytes, "
+             f"{size['tokens']:,} tokens ({size['bytes'] / size['tokens']:.2f} bytes each)"
+             for part, size in manifest["splits"].items()]
+    measured = manifest["yardsticks"]
+    lines.append(f"xz on the validation text: {measured['xz_val_bpb']:.3f} bits per byte, "
+                 f"{measured['xz_train_val_minus_train_bpb']:.3f} after the training text")
+    return lines, run_line(manifest, out)
+
+
 def summarise(manifest, out, seconds):
     """Print the manifest's figures and the next command."""
-    for part, size in manifest["splits"].items():
-        say(f"{part}: {size['documents']:,} documents, {size['bytes']:,} bytes, "
-            f"{size['tokens']:,} tokens ({size['bytes'] / size['tokens']:.2f} bytes each)")
-    measured = manifest["yardsticks"]
-    say(f"xz on the validation text: {measured['xz_val_bpb']:.3f} bits per byte, "
-        f"{measured['xz_train_val_minus_train_bpb']:.3f} after the training text")
-    say(f"ready in {seconds:.0f} s; next: {run_line(manifest, out)}")
+    lines, command = figures(manifest, out)
+    for line in lines:
+        say(line)
+    say(f"ready in {seconds:.0f} s; next: {command}")
 
 
 def run_line(manifest, out):
@@ -426,7 +435,7 @@ def run_line(manifest, out):
     vocab_size = manifest["recipe"]["vocab_size"]
     settings = ["PRESET=demo"]
     if (out.resolve(), vocab_size) != (Path("data").resolve(), 1024):
-        tokenizer = next(name for name in manifest["files"] if name.endswith(".model"))
+        tokenizer, = (name for name in manifest["files"] if name.endswith(".model"))
         settings += [f"DATA_PATH={shlex.quote(str(out / 'datasets/demo'))}",
                      f"TOKENIZER_PATH={shlex.quote(str(out / tokenizer))}",
                      f"VOCAB_SIZE={vocab_size}"]

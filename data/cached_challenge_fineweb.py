@@ -78,7 +78,7 @@ def published_entry(hub: Hub, variant: catalogue.Variant) -> dict:
         for tokenizer in manifest.get("tokenizers", []):
             if entry and tokenizer["name"] == entry.get("tokenizer_name"):
                 entry["model_path"] = tokenizer.get("model_path") or tokenizer.get("path")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DownloadError(f"{hub.repository}: its manifest.json cannot be read ({error}); "
                             "--skip-manifest goes on without it") from None
     return entry
@@ -119,7 +119,9 @@ def choose_shards(hub: Hub, variant: catalogue.Variant, train_shards: int | None
 
 def choose_tokenizer(hub: Hub, variant: catalogue.Variant, entry: dict) -> Wanted:
     """Return the tokenizer, at the manifest's path or else the catalogue's."""
-    places = dict.fromkeys(filter(None, [entry.get("model_path"), variant.tokenizer]))
+    told = entry.get("model_path")
+    places = dict.fromkeys([*([told] if told and isinstance(told, str) else []),
+                            variant.tokenizer])
     found = hub.files(*places)
     if not found:
         raise not_hosted(hub, variant, f"tokenizer ({', '.join(places)})", bool(entry))
@@ -152,7 +154,8 @@ class Record:
     def __init__(self, root: Path, variant: catalogue.Variant):
         self.root, self.path = root, root / variant.folder / integrity.RECORD_NAME
         self.lock, self.content = threading.Lock(), integrity.read_json(self.path)
-        self.content.setdefault("files", {})
+        self.content["files"] = integrity.file_entries(self.content, "bytes", "mtime_ns",
+                                                       "announced")
 
     def begin(self, variant: catalogue.Variant, hub: Hub, entry: dict) -> None:
         """Note where the files come from; the list of checked ones stays."""
@@ -162,7 +165,8 @@ class Record:
     def entry_of(self, hub: Hub) -> dict | None:
         """Return the manifest's entry noted at the same commit, None where there is none."""
         same = [self.content.get(key) for key in ("repository", "revision")]
-        return self.content.get("published") if same == [hub.repository, hub.revision] else None
+        entry = self.content.get("published") if same == [hub.repository, hub.revision] else None
+        return entry if isinstance(entry, dict) else None
 
     def add(self, wanted: Wanted) -> None:
         """Note a file that was just compared with the hub, and save the list."""

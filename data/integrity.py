@@ -43,8 +43,18 @@ def read_json(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); delete it") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds a {type(found).__name__}, must hold an object; delete it")
     return found
+
+
+def file_entries(found: dict, *keys: str) -> dict[str, dict]:
+    """Return those of found["files"] that are objects with these keys.
+
+    Another tool's file of the same name may hold anything there, or lack it.
+    """
+    files = found.get("files")
+    return {name: entry for name, entry in (files.items() if isinstance(files, dict) else ())
+            if isinstance(entry, dict) and all(key in entry for key in keys)}

@@ -49,6 +49,7 @@ from documents import (
 try:
     import caseops
     import encoding
+    import integrity
     import numpy as np
     import sentencepiece
     import shards
@@ -247,13 +248,19 @@ class Product:
         finally:
             os.close(handle)
 
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """Return the content of a JSON file of ours, None where there is none."""
+    def read(self, path: Path, like: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the content of a JSON file of ours, None where there is none.
+
+        Ours has all that `like` has, each value of its kind, and a hash of every file.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            return found if "settings" in found else None
-        except (FileNotFoundError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
+        is_ours = isinstance(found, dict) and all(
+            type(found.get(key)) is type(value) for key, value in like.items())
+        return found if is_ours and integrity.file_entries(found, "sha256") == found["files"] \
+            else None
 
     def save(self) -> None:
         shards.write_atomic(self.progress_path, json_bytes(asdict(self.progress)))
@@ -264,8 +271,9 @@ class Product:
         Raises DataError when the folder holds anything else, or an earlier run with other
         settings: shards of two corpora must never mix.
         """
-        left = self.read(self.progress_path)
-        found = left or self.read(self.manifest_path)
+        left = self.read(self.progress_path, asdict(Progress({})))
+        found = left or self.read(self.manifest_path, dict(
+            settings={}, tokenizer_sha256="", files={}, splits={}, datasets=[]))
         if found is None:
             self.refuse_foreign_files(settings)
         if left and not left["files"]:

@@ -126,9 +126,8 @@ def promised(folder: Path) -> dict[str, str]:
     """Return the sha256 of files by name, as download.json and manifest.json tell them."""
     found: dict[str, str] = {}
     for name in (catalogue.MANIFEST_NAME, integrity.RECORD_NAME):
-        for file, entry in integrity.read_json(folder / name).get("files", {}).items():
-            if isinstance(entry, dict) and "sha256" in entry:
-                found[file] = entry["sha256"]
+        entries = integrity.file_entries(integrity.read_json(folder / name), "sha256")
+        found |= {file: entry["sha256"] for file, entry in entries.items()}
     return found
 
 

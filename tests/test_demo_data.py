@@ -177,6 +177,15 @@ def test_changed_or_missing_file_is_noticed(demo, tmp_path, manifest):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("change", [
+    dict(files={}), dict(files=[]), dict(splits=3), dict(splits={"val": {}}), dict(yardsticks={})],
+    ids=str)
+def test_manifest_of_another_form_is_noticed(demo, tmp_path, manifest, change):
+    out = copy_of(demo, tmp_path)
+    (out / build_demo.MANIFEST).write_text(json.dumps({**manifest, **change}))
+    assert build_demo.inspect_product(out, 1024) == (None, "its manifest is unreadable")
+
+
 @pytest.mark.parametrize("key", ["tool_version", "python", "sentencepiece", "vocab_size"])
 def test_other_recipe_is_noticed(demo, tmp_path, manifest, key):
     out = copy_of(demo, tmp_path)

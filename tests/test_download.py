@@ -150,6 +150,25 @@ def test_files_of_another_tool_are_hashed_and_kept_when_right(hub, fetch, tmp_pa
     assert fetch("--train-shards", 0)[0] == 0 and hub.sent_bytes == 0
 
 
+@pytest.mark.parametrize("changes", [
+    dict(files={VAL: {}}), dict(files={VAL: 3}), dict(files=[]), dict(files=None),
+    dict(published=3), dict(published=dict(model_path=["x"])), dict(published=dict(model_path=3))],
+    ids=str)
+def test_another_tools_record_is_not_believed(hub, fetch, tmp_path, changes):
+    assert fetch("--train-shards", 0)[0] == 0
+    path = tmp_path / VARIANT.folder / integrity.RECORD_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    code, told = fetch("--train-shards", 0)
+    assert code == 0 and "0 files fetched" in told
+    assert ("hashing" in told) == ("files" in changes)
+
+
+def test_a_hubs_manifest_of_another_form_leaves_the_catalogues_tokenizer(hub, fetch):
+    put(hub, "datasets/manifest.json", hub_server.stored(
+        manifest_of(VARIANT, model_path=["x"]), is_lfs=False))
+    assert fetch("--train-shards", 0)[0] == 0
+
+
 def test_a_changed_file_is_named_and_replaced(hub, fetch, tmp_path):
     assert fetch("--train-shards", 0)[0] == 0
     path = tmp_path / VAL

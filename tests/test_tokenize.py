@@ -432,6 +432,24 @@ def test_files_of_others_are_never_touched(corpus, model, tmp_path, capsys, fres
     assert "another tokenizer" in capsys.readouterr().err and files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "progress.json"])
+@pytest.mark.parametrize("content", [
+    "3", '{"settings": 3}', '{"settings": {}}', '{"settings": {}, "files": []}',
+    '{"settings": {}, "files": {"a": 3}, "tokenizer_sha256": ""}', "[" * 100_000])
+def test_json_of_others_is_none_of_ours(corpus, model, undisturbed, tmp_path, capsys, name,
+                                        content):
+    folder = tmp_path / "datasets/mine"
+    folder.mkdir(parents=True)
+    (folder / name).write_text(content)
+    shard = folder / "fineweb_train_000000.bin"
+    shard.write_bytes(b"precious")
+    run(corpus, tmp_path, "--tokenizer", model, status=1)
+    assert "from elsewhere" in capsys.readouterr().err
+    shard.unlink()
+    run(corpus, tmp_path, "--tokenizer", model)
+    assert files_of(tmp_path) == files_of(undisturbed)
+
+
 def test_two_runs_do_not_write_into_one_folder(corpus, model, tmp_path, capsys):
     product = tokenize_corpus.Product(tmp_path, "mine")
     with product.locked():

@@ -120,6 +120,27 @@ def test_sound_shards_pass_every_check(corpus, check):
     assert ("note", "sidecar") in found  # of CURIOUS, which normalisation changes
 
 
+FOREIGN = ['{"files": []}', '{"files": null}', '{"files": {"fineweb_val_000000.bin": 3}}',
+           '{"files": {"fineweb_val_000000.bin": {}}}', '{"settings": 3}']
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "download.json"])
+@pytest.mark.parametrize("content", FOREIGN)
+def test_another_tools_json_promises_nothing(corpus, check, name, content):
+    (corpus.folder / "manifest.json").unlink()
+    (corpus.folder / name).write_text(content)
+    code, found, told = check("--quick")
+    assert code == 0 and not faults(found), told
+    code, found, told = check()
+    assert code == 0 and ("skip", "hashes") in found, told
+
+
+def test_json_too_deep_to_read_is_one_line(corpus, check):
+    (corpus.folder / "manifest.json").write_text("[" * 100_000)
+    code, _, told = check()
+    assert code == 1 and "manifest.json: not JSON" in told
+
+
 def test_processes_find_what_one_finds(corpus, check):
     assert check("--jobs", 2)[1] == check()[1]
 
