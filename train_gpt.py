@@ -1473,7 +1473,7 @@ def open_shard(path: Path) -> np.ndarray:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` (train, val, val_bytes) in lexicographic order."""
     return sorted(path for path in folder.glob(f"fineweb_{split}_*.bin")
-                  if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name))
+                  if re.fullmatch(rf"fineweb_{split}_[0-9]+\.bin", path.name))
 
 
 def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:

@@ -837,7 +837,7 @@ def assert_bounded(done: Outcome, cwd, seconds):
 
 
 def test_the_clock_bounds_training_and_calibration(tiny_env, tmp_path):
-    assert_bounded(run_here(bounded(tiny_env, 4), tmp_path), tmp_path, 4)
+    assert_bounded(run_here(bounded(tiny_env, 8), tmp_path), tmp_path, 8)
 
 
 @pytest.mark.slow
