@@ -9,12 +9,9 @@ recurrence from step 100, calibrates, quantises, packs and scores; then it fails
 switch compiled nothing, every product exists and all verdicts hold. Not collected by pytest.
 """
 
-import importlib.util
 import json
-import lzma
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,38 +19,50 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data"))  # pytest's own path has it; run by hand this must
 SETTINGS = dict(TRAIN_BATCH_TOKENS="98304", ITERATIONS="200", RECUR_START_STEP="100",
                 MAX_WALLCLOCK_SECONDS="0", TRAIN_LOG_EVERY="10", VAL_LOSS_EVERY="100",
                 RUN_ID="gpu_full_run", TORCH_LOGS="recompiles")
 
 
-def shard_writer():
-    """Return data/shards.py as a module."""
-    spec = importlib.util.spec_from_file_location("shards", ROOT / "data" / "shards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def first_tokens(path, processor, limit):
+    """Return the first `limit` tokens (N,) uint16 of a file's documents; ValueError without any."""
+    import documents
+    import encoding
+    parts, count = [], 0
+    try:
+        found = documents.read_documents(documents.find_files([Path(path)]), documents.Source())
+        for document in found:
+            parts += encoding.encode_batch(processor, [document.text])
+            count += len(parts[-1])
+            if count >= limit:
+                break
+    except documents.DataError as error:
+        own = " (an option of data/tokenize_corpus.py)" if "--" in str(error) else ""
+        raise ValueError(f"{error}{own}") from None
+    if not parts:
+        raise ValueError(f"{path}: holds no document, must hold at least one; write a line "
+                         '{"text": "..."} for each')
+    return np.concatenate(parts)[:limit]
 
 
 def prepare(train_docs, val_docs, tokenizer, folder, max_tokens=25_000_000, max_val_tokens=300_000):
-    """Write one training and one validation shard from jsonl(.xz) documents."""
-    import sentencepiece
-    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer)
+    """Write one training and one validation shard from jsonl(.xz) documents.
+
+    Raises ValueError, before it writes, for a tokenizer or documents that make no shards.
+    """
+    import encoding
+    import shards
+    processor = encoding.load_processor(Path(tokenizer))
+    encoding.check_tokenizer(processor, tokenizer)
+    parts = dict(train=first_tokens(train_docs, processor, max_tokens),
+                 val=first_tokens(val_docs, processor, max_val_tokens))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = (("train", train_docs, max_tokens), ("val", val_docs, max_val_tokens))
-    for split, path, limit in parts:
-        opener = lzma.open if path.endswith(".xz") else open
-        tokens = []
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                tokens += [processor.bos_id(), *processor.encode(json.loads(line)["text"])]
-                if len(tokens) >= limit:
-                    break
-        shard_writer().write_shard(folder / f"fineweb_{split}_000000.bin",
-                                   np.array(tokens[:limit], dtype=np.uint16))
-        print(f"{split}: {min(len(tokens), limit)} tokens")
-    shutil.copy(tokenizer, folder / "tokenizer.model")
+    for split, tokens in parts.items():
+        shards.write_shard(folder / f"fineweb_{split}_000000.bin", tokens)
+        print(f"{split}: {len(tokens)} tokens")
+    shards.write_atomic(folder / "tokenizer.model", Path(tokenizer).read_bytes())
 
 
 def run(folder, *overrides):
@@ -83,4 +92,7 @@ if __name__ == "__main__":
     commands = {"prepare": prepare, "run": run}
     if len(sys.argv) < 3 or sys.argv[1] not in commands:
         sys.exit(__doc__)
-    sys.exit(commands[sys.argv[1]](*sys.argv[2:]))
+    try:
+        sys.exit(commands[sys.argv[1]](*sys.argv[2:]))
+    except (ValueError, OSError) as fault:
+        sys.exit(f"error: {fault}")

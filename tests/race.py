@@ -43,11 +43,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpu_full_run
 import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "tests"))
-import gpu_full_run  # noqa: E402
 
 # What the race sets itself, and where a user says it instead.
 OWNED = {"SEED": "--seeds", "RUN_ID": "--folder", "RESUME": "the same command again",
@@ -59,6 +58,12 @@ BY_SHARE = {"RECUR_START_FRAC": "RECUR_START_STEP",
 UNBOUNDED_STEPS = 10_000_000
 POLL_SECONDS, TOLD_EVERY_SECONDS, CHECKPOINT_SECONDS = 0.05, 30, 60
 LAST_LINES = 6
+# What the table needs of a finished run, and of its "run"
+FORM = dict(arm=str, run=dict, scores=dict, artifact_bytes=int, parameters=int, trained_tokens=int,
+            tokens_per_second=float, step_ms=float, wall_seconds=float, machine=str,
+            script_sha256=str)
+RUN_FORM = dict(settings=dict, seed=int, data=dict, device=str)
+DIVISORS = ("artifact_bytes", "bytes", "step_ms")
 SAME_BYTES = 0.01  # artifacts differ by less than this share
 SCORES = ("prequant", "prequant_sliding", "roundtrip", "sliding")  # first in the table
 # P(|t| > 2) at 1, 2, 3, 4 degrees of freedom
@@ -74,6 +79,24 @@ class RaceError(ValueError):
 
 
 # ---- arms ----------------------------------------------------------------------------------------
+
+
+def split_words(text: str, where: str, comments: bool = False) -> list[str]:
+    """Return the words of a line as a shell would."""
+    try:
+        return shlex.split(text, comments=comments)
+    except ValueError as error:
+        raise RaceError(f"{where}: {text.strip()!r}: {str(error).lower()}; words are split as a "
+                        "shell does it: close the quote, or put \\ before it") from None
+
+
+def read_text(path: Path) -> str:
+    """Return what a file of ours says; RaceError where it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RaceError(f"{path}: byte {error.start + 1} is 0x{error.object[error.start]:02x}, "
+                        "must be UTF-8 text; name another file, or convert it") from None
 
 
 def parse_settings(words: Iterable[str], where: str) -> Settings:
@@ -94,19 +117,21 @@ def parse_arm(text: str) -> tuple[str, Settings]:
     name, _, settings = text.partition(":")
     if "=" in name or not name.strip():
         raise RaceError(f'--arm {text!r}: begin with a name: --arm "name: NAME=VALUE …"')
-    return name.strip(), parse_settings(shlex.split(settings), f"--arm {name.strip()}")
+    where = f"--arm {name.strip()}"
+    return name.strip(), parse_settings(split_words(settings, where), where)
 
 
 def read_arms(path: Path) -> Iterator[tuple[str, Settings]]:
     """Yield the arms of a file: [name], then lines of NAME=VALUE; # begins a comment."""
     name, words = "", list[str]()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        parts = shlex.split(line, comments=True)
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if head := re.fullmatch(r"\s*\[(.+)\]\s*(#.*)?", line):
             if name:
                 yield name, parse_settings(words, f"{path} [{name}]")
             name, words = head[1].strip(), []
-        elif parts and not name:
+            continue
+        parts = split_words(line, f"{path}:{number}", comments=True)
+        if parts and not name:
             raise RaceError(f"{path}:{number}: comes before the first [name]; settings of all arms "
                             "go to --base")
         else:
@@ -162,7 +187,8 @@ def complete(script, given: Settings, tokens: int | None, vocab_size: int) -> Se
 def complete_all(script, arms: dict[str, Settings], options: argparse.Namespace,
                  vocab_size: int) -> dict[str, Settings]:
     """Return all arms as `complete` does; raises RaceError with the faults of all of them."""
-    base = parse_settings(shlex.split(" ".join(options.base)), "--base")
+    base = parse_settings([word for text in options.base for word in split_words(text, "--base")],
+                          "--base")
     faults, found = settings_faults(base, options.bytes_of is not None), {}
     faults = [f"--base: {fault}" for fault in faults]
     for name, own in arms.items():
@@ -207,26 +233,37 @@ def whole_documents(tokens: np.ndarray, bos_id: int, targets: int | None) -> np.
 def joined(script, folder: Path, split: str) -> np.ndarray | None:
     """Return the tokens (N,) of all shards of a split, or None where there are none."""
     files = script.find_shards(folder, split)
-    return np.concatenate([script.open_shard(path) for path in files]) if files else None
+    try:
+        return np.concatenate([script.open_shard(path) for path in files]) if files else None
+    except ValueError as error:
+        raise RaceError(f"--data {error}") from None
 
 
 def lay_data(script, options: argparse.Namespace, folder: Path) -> Data:
     """Put what the arms read into the race's folder: links to training shards, short validation."""
-    import sentencepiece
+    import encoding  # in data/, which gpu_full_run puts on the path
+    import shards
     source, tokenizer = options.data, options.tokenizer or options.data / "tokenizer.model"
     train, val = script.find_shards(source, "train"), joined(script, source, "val")
     if not train or val is None:
         raise RaceError(f"--data {source}: no fineweb_{'val' if train else 'train'}_*.bin in it; "
                         "make shards with `race.py prepare`")
     if not tokenizer.is_file():
-        raise RaceError(f"--tokenizer {tokenizer}: no such file")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        raise RaceError(f"--tokenizer {tokenizer}: no such file; name the .model that made the "
+                        "shards")
+    try:
+        processor, train_mark = encoding.load_processor(tokenizer), script.fingerprint(train)
+    except ValueError as error:  # both name the file
+        raise RaceError(str(error)) from None
+    if len(val) < 2:
+        raise RaceError(f"--data {source}: its validation is {len(val)} tokens, must be at least "
+                        "2; make shards with `race.py prepare`")
     val = whole_documents(val, processor.bos_id(), options.targets)
     parts, sidecar = {"val": val}, joined(script, source, "val_bytes")
     if sidecar is not None:
         parts["val_bytes"] = sidecar[:len(val)]
     digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).hexdigest()
-    marks = dict(train=script.fingerprint(train)[:16], val=digest[:16], targets=len(val) - 1,
+    marks = dict(train=train_mark[:16], val=digest[:16], targets=len(val) - 1,
                  tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16])
     out = folder / f"data-{key_of(marks)}"
     out.mkdir(parents=True, exist_ok=True)
@@ -236,7 +273,7 @@ def lay_data(script, options: argparse.Namespace, folder: Path) -> Data:
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
     for split, part in parts.items():
-        gpu_full_run.shard_writer().write_shard(out / f"fineweb_{split}_000000.bin", part)
+        shards.write_shard(out / f"fineweb_{split}_000000.bin", part)
     return Data(out.resolve(), tokenizer.resolve(), processor.vocab_size(), marks)
 
 
@@ -248,17 +285,42 @@ def key_of(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def check_form(found: Any, form: dict[str, type], what: str) -> None:
+    """Raise ValueError where an object lacks a key of `form`, or has another kind of value."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is a {type(found).__name__}, must be an object")
+    for key, kind in form.items():
+        if key not in found:
+            raise ValueError(f"{what} has no {key!r}")
+        value = found[key]
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or isinstance(value, bool) or (key in DIVISORS and value is not None
+                                                   and not value > 0):
+            raise ValueError(f"{what} has {key!r}: {json.dumps(value)[:40]}")
+
+
+def check_line(line: Any) -> None:
+    """Raise ValueError where a line is not what `measure` returns."""
+    check_form(line, FORM, "the line")
+    run = line["run"]
+    check_form(run, {**RUN_FORM, **({"tokens": int} if "seconds" not in run else
+                                    {"seconds": float, "machine": str}),
+                     "bytes": int if run.get("bytes", 0) is not None else type(None)}, '"run"')
+    check_form(run["data"], dict(targets=int), '"data"')
+    check_form(run["settings"], dict.fromkeys(run["settings"], str), '"settings"')
+    check_form(line["scores"], dict.fromkeys(line["scores"], float), '"scores"')
+
+
 def read_results(path: Path) -> list[Line]:
     """Return the runs of a results file, in order; none where there is no file."""
     found = []
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(read_text(path).splitlines() if path.exists() else (), 1):
         try:
-            line = json.loads(raw)
-            found.append({**line, "key": key_of(line["run"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise RaceError(f"{path}:{number}: not a line of this tool ({error!r}); "
+            check_line(line := json.loads(raw))
+        except (ValueError, RecursionError) as error:
+            raise RaceError(f"{path}:{number}: not a line of this tool ({error}); "
                             "remove it") from None
+        found.append({**line, "key": key_of(line["run"])})
     return found
 
 
@@ -387,7 +449,11 @@ def load_script(path: Path):
         raise RaceError(f"--script {path}: no such Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever its own code does
+        raise RaceError(f"--script {path}: cannot be imported ({error!r}); give a "
+                        "train_gpt.py") from None
     return module
 
 
@@ -837,11 +903,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def refuse_not_above_0(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(options, name)) is not None and not value > 0:
+            raise RaceError(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
 def set_up(options: argparse.Namespace) -> Race:
     """Return the race that the command line describes; raises RaceError with all its faults."""
-    for name in ("tokens", "seconds", "bytes", "targets", "jobs", "threads"):
-        if (value := getattr(options, name)) is not None and value <= 0:
-            raise RaceError(f"--{name} {value}: must be above 0")
+    refuse_not_above_0(options, "tokens", "seconds", "bytes", "targets", "jobs", "threads")
     arms, script = collect_arms(options), load_script(options.script.resolve())
     folder = options.folder.resolve()
     data = lay_data(script, options, folder)
@@ -868,6 +938,17 @@ def run_command(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def prepare_command(options: argparse.Namespace) -> int:
+    """Make shards of documents."""
+    refuse_not_above_0(options, "tokens", "val_tokens")
+    try:
+        gpu_full_run.prepare(options.train, options.val, options.tokenizer, options.folder,
+                             options.tokens, options.val_tokens)
+    except ValueError as error:
+        raise RaceError(str(error)) from None
+    return 0
+
+
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     with contextlib.suppress(ValueError):  # outside the main thread: no Ctrl-C either
@@ -878,9 +959,7 @@ def main(argv: Sequence[str]) -> int:
         if options.command == "table":
             print(results_table(options.results, [n for n in options.only.split(",") if n]))
             return 0
-        gpu_full_run.prepare(options.train, options.val, options.tokenizer, options.folder,
-                             options.tokens, options.val_tokens)
-        return 0
+        return prepare_command(options)
     except (RaceError, OSError) as error:
         print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
         return 2

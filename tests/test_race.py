@@ -158,6 +158,8 @@ def test_a_failed_arm_is_told_and_stops_no_other(track, capsys):
     ((PLAIN,), dict(more=["--targets=1"]), "the first document has"),
     (("NUM_LAYERS=3",), {}, "begin with a name"), (("a: NUM_LAYERS",), {}, "not NAME=VALUE"),
     ((PLAIN,), dict(more=["--jobs=0"]), "--jobs 0: must be above 0"),
+    (("a: X='b",), {}, """--arm a: "X='b": no closing quotation"""),
+    ((PLAIN,), dict(more=["--base", "X='b"]), """--base: "X='b": no closing quotation"""),
     ((), {}, "no arm; give two or more")])
 def test_mistakes_are_refused_before_anything_runs(track, capsys, arms, options, message):
     assert track.run(*arms, **options) == 2
@@ -273,6 +275,109 @@ def test_arms_of_a_file(tmp_path):
         list(race.read_arms(path))
 
 
+def test_mistakes_in_a_file_of_arms_are_one_line(track, capsys):
+    path = track.folder / "arms.txt"
+    path.write_text("[it's]\nX='b\n")
+    assert track.run(more=["--arms", str(path)]) == 2
+    assert f"""error: {path}:2: "X='b": no closing quotation; words are split""" in \
+        one_line(capsys)
+    path.write_bytes(b"[a]\nX=\xe9\n")
+    assert track.run(more=["--arms", str(path)]) == 2
+    assert f"error: {path}: byte 7 is 0xe9, must be UTF-8" in one_line(capsys)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def one_line(capsys):
+    """Return what was said of an error, which must be a line."""
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.fixture
+def shard_copy(track, tiny_data):
+    """A copy of the shards, to be spoilt, and the options that race on it."""
+    folder = track.folder / "source"
+    shutil.copytree(tiny_data.shards, folder)
+    shutil.copy(tiny_data.tokenizer, model := folder / "tokenizer.model")
+    return folder, [f"--data={folder}", f"--tokenizer={model}"]
+
+
+@pytest.mark.parametrize("name, keep, message", [
+    ("fineweb_val_000000.bin", -2, "(truncated?); download or build it again"),
+    ("fineweb_val_000000.bin", 0, "not a token shard"),
+    ("fineweb_val_000000.bin", 5, "not a token shard"),
+    ("fineweb_train_000000.bin", -2, "(truncated?); download or build it again"),
+    ("tokenizer.model", 0, "not a SentencePiece model"),
+    ("tokenizer.model", 99, "not a SentencePiece model"),
+    ("tokenizer.model", None, "no such file; name the .model that made the shards")])
+def test_broken_files_are_one_line(track, shard_copy, capsys, name, keep, message):
+    folder, more = shard_copy
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:keep])
+    if keep is None:
+        path.unlink()
+    assert track.run(PLAIN, more=more) == 2
+    said = one_line(capsys)
+    assert message in said and str(path) in said
+    assert not track.started() and not track.results.exists()
+
+
+def test_validation_without_a_target_is_one_line(track, shard_copy, capsys):
+    folder, more = shard_copy
+    for tokens in ([], [1]):
+        shards.write_shard(folder / "fineweb_val_000000.bin", np.array(tokens, int))
+        assert track.run(PLAIN, more=more) == 2
+        said = one_line(capsys)
+        assert f"its validation is {len(tokens)} tokens, must be at least 2" in said
+
+
+@pytest.mark.parametrize("text", ["1 +", "raise RuntimeError('no')"])
+def test_a_script_that_cannot_be_imported_is_one_line(track, capsys, text):
+    track.script.write_text(text)
+    race.load_script.cache_clear()
+    assert track.run(PLAIN) == 2
+    assert "pretended.py: cannot be imported" in one_line(capsys)
+    race.load_script.cache_clear()
+
+
+DOCS = "".join(json.dumps(dict(text=f"document {i} of some")) + "\n" for i in range(9))
+
+
+def prepared(track, tiny_data, train=DOCS, val=DOCS, tokenizer=None, more=()):
+    paths = [track.folder / "train.jsonl", track.folder / "val.jsonl"]
+    for path, text in zip(paths, (train, val)):
+        path.write_text(text)
+    return race.main(["prepare", *map(str, paths), str(tokenizer or tiny_data.tokenizer),
+                      str(track.folder / "made"), *more])
+
+
+def test_documents_become_shards(track, tiny_data):
+    assert prepared(track, tiny_data, val=DOCS + "\n", more=["--val-tokens=20"]) == 0
+    made = track.folder / "made"
+    train, val = (shards.read_shard(made / f"fineweb_{split}_000000.bin")
+                  for split in ("train", "val"))
+    assert (train == 1).sum() == 9 and val.tolist() == train[:20].tolist()
+    assert (made / "tokenizer.model").read_bytes() == tiny_data.tokenizer.read_bytes()
+    assert prepared(track, tiny_data, tokenizer=made / "tokenizer.model") == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(val=""), "val.jsonl: holds no document, must hold at least one; write a line"),
+    (dict(train="\n \n"), "train.jsonl: holds no document"),
+    (dict(val=DOCS + '{"text": "cu'), "val.jsonl, line 10: not a JSON object"),
+    (dict(val='{"body": "x"}'), "--text-key (an option of data/tokenize_corpus.py)"),
+    (dict(tokenizer="/dev/null"), "/dev/null: not a SentencePiece model"),
+    (dict(tokenizer="none.model"), "none.model: not a SentencePiece model"),
+    (dict(more=["--val-tokens=0"]), "--val-tokens 0: must be above 0")])
+def test_what_makes_no_shards_is_one_line(track, tiny_data, capsys, options, message):
+    assert prepared(track, tiny_data, **options) == 2
+    assert message in one_line(capsys)
+    assert not (track.folder / "made").exists()
+
+
 @pytest.mark.parametrize("targets, kept", [(None, 10), (9, 10), (8, 7), (6, 7), (5, 3), (2, 3)])
 def test_validation_is_cut_between_documents(targets, kept):
     tokens = np.array([1, 5, 5, 1, 5, 5, 5, 1, 5, 5])
@@ -341,6 +446,37 @@ def test_a_damaged_results_file_is_told_with_its_line(tmp_path, capsys):
     path.write_text(json.dumps(line_of("a", 1, 1.0)) + "\n")
     assert race.main(["table", str(path), "--only", "b"]) == 2
     assert "no such arm; there are a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(run={}), '"run" has no \'settings\''), (dict(run=3), "the line has 'run': 3"),
+    (dict(scores=[]), "the line has 'scores': []"), (dict(scores=dict(a="x")), "'a': \"x\""),
+    (dict(step_ms=0.0), "'step_ms': 0.0"), (dict(artifact_bytes=True), "'artifact_bytes': true"),
+    (dict(run=line_of("a", 1, 1.0, settings=dict(A=3))["run"]), '"settings" has \'A\': 3'),
+    (dict(run=line_of("a", 1, 1.0, data={})["run"]), '"data" has no \'targets\''),
+    (dict(run=line_of("a", 1, 1.0, bytes=0)["run"]), "'bytes': 0"),
+    (dict(run=line_of("a", 1, 1.0, seconds="9")["run"]), "'seconds': \"9\"")], ids=str)
+def test_a_line_of_another_form_is_told_with_what_is_wrong(tmp_path, capsys, change, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({**line_of("a", 1, 1.0), **change}))
+    assert race.main(["table", str(path)]) == 2
+    said = one_line(capsys)
+    assert f"{path}:1: not a line of this tool (" in said and message in said
+
+
+@pytest.mark.parametrize("text", ['{"run": {}}', "3", "[" * 100_000, "\xff"])
+def test_a_line_of_something_else_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "results.jsonl"
+    path.write_text(text, encoding="latin-1")
+    assert race.main(["table", str(path)]) == 2
+    assert str(path) in one_line(capsys)
+
+
+def test_a_diverged_run_is_a_line(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(line_of("a", 1, math.nan, bytes=None)))
+    assert race.main(["table", str(path)]) == 0
+    assert "| a | 1 | nan |" in capsys.readouterr().out
 
 
 def test_status_foretells_the_end(track):
