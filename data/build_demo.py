@@ -21,7 +21,6 @@ import json
 import lzma
 import platform
 import re
-import shlex
 import sys
 import sysconfig
 import time
@@ -433,13 +432,12 @@ def summarise(manifest, out, seconds):
 def run_line(manifest, out):
     """Return the command that trains on the demo; PRESET=demo alone reads data/, 1024 pieces."""
     vocab_size = manifest["recipe"]["vocab_size"]
-    settings = ["PRESET=demo"]
+    settings = dict(PRESET="demo")
     if (out.resolve(), vocab_size) != (Path("data").resolve(), 1024):
         tokenizer, = (name for name in manifest["files"] if name.endswith(".model"))
-        settings += [f"DATA_PATH={shlex.quote(str(out / 'datasets/demo'))}",
-                     f"TOKENIZER_PATH={shlex.quote(str(out / tokenizer))}",
-                     f"VOCAB_SIZE={vocab_size}"]
-    return " ".join([*settings, "python train_gpt.py"])
+        settings.update(DATA_PATH=out / "datasets/demo", TOKENIZER_PATH=out / tokenizer,
+                        VOCAB_SIZE=vocab_size)
+    return shards.run_line(**settings)
 
 
 def parse_args(argv):

@@ -15,7 +15,6 @@ import argparse
 import errno
 import json
 import os
-import shlex
 import shutil
 import sys
 import threading
@@ -418,16 +417,15 @@ def show_progress(missing: list[Wanted], root: Path):
 
 def run_line(root: Path, variant: catalogue.Variant) -> str:
     """Return the shell line that trains on a variant."""
-    settings = []
+    settings: dict[str, object] = {}
     if Path(variant.folder).name == f"fineweb10B_sp{variant.vocab_size}":
         if root != Path("data").resolve():
-            settings.append(f"DATA_DIR={shlex.quote(str(root))}")
+            settings["DATA_DIR"] = root
     else:
-        settings += [f"DATA_PATH={shlex.quote(str(root / variant.folder))}",
-                     f"TOKENIZER_PATH={shlex.quote(str(root / variant.tokenizer))}"]
+        settings.update(DATA_PATH=root / variant.folder, TOKENIZER_PATH=root / variant.tokenizer)
     if variant.vocab_size != catalogue.VARIANTS[catalogue.DEFAULT_VARIANT].vocab_size:
-        settings.append(f"VOCAB_SIZE={variant.vocab_size}")
-    return " ".join([*settings, "python train_gpt.py"])
+        settings["VOCAB_SIZE"] = variant.vocab_size
+    return shards.run_line(**settings)
 
 
 def catalogue_text() -> str:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,12 @@ def find_shards(folder):
         if match := SHARD_NAME.fullmatch(path.name):
             splits[match[1]].append(path)
     return splits
+
+
+def run_line(**settings):
+    """Return the shell line that runs train_gpt.py with settings, NAME=value."""
+    words = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    return " ".join([*words, "python train_gpt.py"])
 
 
 def write_atomic(path, content):

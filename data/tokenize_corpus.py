@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -615,9 +614,8 @@ def summarise(product: Product, seconds: float) -> None:
             "tokenizer that keeps white space, avoids it")
     say("on a laptop or a small GPU put PRESET=demo before the last line: a model of that size")
     say(f"ready in {seconds:.0f} s; next:")
-    print(f"DATA_PATH={shlex.quote(str(product.folder))} "
-          f"TOKENIZER_PATH={shlex.quote(str(product.tokenizer))} "
-          f"VOCAB_SIZE={manifest['datasets'][0]['vocab_size']} python train_gpt.py", flush=True)
+    print(shards.run_line(DATA_PATH=product.folder, TOKENIZER_PATH=product.tokenizer,
+                          VOCAB_SIZE=manifest["datasets"][0]["vocab_size"]), flush=True)
 
 
 # ---- command line ----------------------------------------------------------------------------

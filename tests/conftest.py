@@ -85,11 +85,6 @@ def pytest_terminal_summary(terminalreporter):
 # ---- a tiny corpus and runs --------------------------------------------------------------------
 
 
-def load_shards_module():
-    """Return data/shards.py; `import shards` is the same."""
-    return shards
-
-
 class TinyData(NamedTuple):
     """Where the tiny corpus lies: two training shards and a validation shard, and the tokenizer."""
 

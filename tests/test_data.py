@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import plain
 import pytest
+import shards
 import torch
-from conftest import REPO, load_shards_module, train_tokenizer
+from conftest import REPO, train_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from train_gpt import (
 )
 
 sentencepiece = pytest.importorskip("sentencepiece")
-shards = load_shards_module()
 
 VOCAB, BOS = 400, 1
 PUBLISHED_TOKENIZERS = sorted((REPO.parent / "shared" / "tokenizers").glob("*.model"))

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 import pytest
+import shards
 import torch
-from conftest import load_shards_module
 
 import train_gpt
 
@@ -46,7 +46,7 @@ def session_of(env, folder, run_id):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder to run in, with shards."""
-    path, shards = tmp_path_factory.mktemp("default_shapes"), load_shards_module()
+    path = tmp_path_factory.mktemp("default_shapes")
     (path / "shards").mkdir()
     shards.write_shard(path / "shards" / "fineweb_train_000000.bin",
                        structured_tokens(60_000, 8192, seed=1))

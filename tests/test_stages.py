@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import plain
 import pytest
+import shards
 import torch
 from conftest import (
     REPO,
@@ -30,7 +31,6 @@ from conftest import (
     Outcome,
     TinyRun,
     base_env,
-    load_shards_module,
     read_events,
     run_script,
     train_tokenizer,
@@ -681,7 +681,6 @@ def test_a_damaged_shard_is_refused(tiny_env, data_copy, tmp_path, shard, damage
 
 
 def rewrite(path, change):
-    shards = load_shards_module()
     tokens = shards.read_shard(path)
     shards.write_shard(path, change(tokens))
 
@@ -735,7 +734,7 @@ def test_a_tokenizer_that_is_none_is_refused(tiny_env, data_copy, tmp_path, cont
 
 def test_a_byte_sidecar_of_another_length_is_refused(tiny_env, data_copy, tmp_path):
     path = data_copy / "shards" / "fineweb_val_bytes_000000.bin"
-    load_shards_module().write_shard(path, np.ones(VAL_TOKENS - 5, dtype=np.int64))
+    shards.write_shard(path, np.ones(VAL_TOKENS - 5, dtype=np.int64))
     done = run_here(pointing_at(tiny_env, data_copy), tmp_path)
     assert_refused(done, tmp_path, "sidecar")
 
