@@ -478,7 +478,12 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, fetch):
 
 
 def test_a_disk_that_fills_up_is_told_and_what_came_stays(hub, fetch, tmp_path, monkeypatch):
+    stream = hub_module.Hub.stream
+
     def full(self, remote, start):
+        if not remote.url.endswith(VAL):  # of two that fail the first stops the other, maybe early
+            yield from stream(self, remote, start)
+            return
         yield shard(seed=0)[:20_000]
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -487,7 +492,8 @@ def test_a_disk_that_fills_up_is_told_and_what_came_stays(hub, fetch, tmp_path, 
         code, told = fetch("--train-shards", 0, "--skip-manifest")
     assert code == 1 and os.strerror(errno.ENOSPC) in told and "Traceback" not in told
     assert (tmp_path / (VAL + ".part")).stat().st_size == 20_000
-    assert fetch("--train-shards", 0)[0] == 0 and hub.downloads()[-1].range == "bytes=20000-"
+    assert fetch("--train-shards", 0)[0] == 0
+    assert "bytes=20000-" in [request.range for request in hub.downloads()]
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(hub, tmp_path, capsys):
