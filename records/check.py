@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compare import analyse
-from imports import import_faults, python_faults
+from imports import import_faults, named_files, python_faults, runnable
 from logs import CAP_BYTES, LogError, Run, Score, find_logs, read_run
 from pack import mixed
 from product import REPOSITORY, script
@@ -55,6 +55,7 @@ from summary import (
     training_seconds,
 )
 
+MODULE_SUFFIXES = {".py", ".pyc", ".so", ".pyd"}  # x.so and x.cpython-312.so are module x
 NEEDED_FILES = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
 FOLDER_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})_[\w.+-]+")
 SEED_NAME = re.compile(r".*seed[_-]?(-?\d+)", re.IGNORECASE)
@@ -439,8 +440,8 @@ def imports_alone(record: Record) -> Verdict:
     rule = "imports nothing beside it"
     needed = record.folder / "requirements.txt"
     listed = needed.read_text(encoding="utf-8", errors="replace") if needed.is_file() else ""
-    beside = {path.stem for path in record.folder.iterdir() if path.name != "train_gpt.py"
-              and (path.suffix == ".py" or path.is_dir())}
+    beside = {path.name.partition(".")[0] for path in record.folder.iterdir()
+              if path.name != "train_gpt.py" and (path.suffix in MODULE_SUFFIXES or path.is_dir())}
     try:
         texts = record.code, unpack_script(record.code).encode()
         faults = [fault for text in dict.fromkeys(texts)
@@ -450,6 +451,25 @@ def imports_alone(record: Record) -> Verdict:
     unlisted = all("beside" not in fault for fault in faults) and not listed
     return verdict(rule, faults, "standard library and requirements.txt",
                    record.is_ours or not unlisted)
+
+
+def nothing_else_runs(record: Record) -> Verdict:
+    """Hold that all code is in train_gpt.py, whose bytes are counted.
+
+    In another's folder such a file may be there for the reader: a fault where the script names it.
+    """
+    rule, extra = "no other file runs", [path for path in runnable(record.folder)
+                                         if path != record.folder / "train_gpt.py"]
+    try:
+        text = named_files(unpack_script(record.code))
+    except (ScriptError, SyntaxError, ValueError):
+        text = ""
+    named = [path for path in extra
+             if re.search(rf"(?<![\w.-]){re.escape(path.name)}(?![\w.-])", text)]
+    faults = [f"{path.relative_to(record.folder)}: {path.stat().st_size:,} bytes that could run"
+              f"{', which train_gpt.py names,' if path in named else ''} and are not counted; put "
+              "them into train_gpt.py or remove them" for path in extra]
+    return verdict(rule, faults, "all code is in train_gpt.py", record.is_ours or bool(named))
 
 
 def coverage(record: Record) -> Verdict:
@@ -526,7 +546,7 @@ def legality(record: Record) -> Verdict:
 FACTS = (json_agrees, cap, train_time, eval_time, complete, enough_seeds, one_configuration,
          code_ran, sizes, events_agree, readme_agrees, machine, significance, coverage,
          byte_fingerprint)
-FORM = (files_present, folder_name, schema, legality, compiles, imports_alone)
+FORM = (files_present, folder_name, schema, legality, compiles, imports_alone, nothing_else_runs)
 OF_FOLDERS = (complete, enough_seeds)  # facts that can be judged without a log
 
 

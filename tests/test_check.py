@@ -310,6 +310,40 @@ def test_both_ways_of_counting_code_are_named(tmp_path):
     assert "13 bytes by the logs, 150,013 as train_gpt.py" in found["sizes"].reason
 
 
+EXTRA = "no other file runs"
+
+
+@pytest.mark.parametrize("name, data", [
+    ("helper.py", b"x = 1"), ("more/deep/fast.cpython-312-x86_64-linux-gnu.so", b"x"),
+    ("__pycache__/helper.cpython-311.pyc", b"x"), ("run", b"#!/bin/sh"), ("payload", b"\x7fELF..")])
+def test_another_file_that_could_run_is_a_fault(record, name, data):
+    assert verdicts(record)[EXTRA].outcome == "pass"
+    path = record / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    found = verdicts(record)[EXTRA]
+    assert found.outcome == "fail" and f"{name}: {len(data)} bytes that could run" in found.reason
+
+
+def test_what_others_lay_beside_their_script_is_a_fault_where_it_is_used(tmp_path):
+    folder = others_record(tmp_path)
+    (folder / "helper.py").write_text("x = 1")
+    found = verdicts(folder)[EXTRA]
+    assert found.outcome == "n/a" and "helper.py: 5 bytes" in found.reason
+    (folder / "train_gpt.py").write_text('"""Was helper.py."""\nprint("another_helper.py")\n')
+    assert verdicts(folder)[EXTRA].outcome == "n/a"
+    (folder / "train_gpt.py").write_text('exec(open(f"{HERE}/helper.py").read())\n')
+    found = verdicts(folder)[EXTRA]
+    assert found.outcome == "fail" and "which train_gpt.py names" in found.reason
+
+
+def test_a_binary_module_beside_the_script_is_a_sibling(record):
+    (record / "fast.cpython-312-x86_64-linux-gnu.so").write_bytes(b"x")
+    (record / "train_gpt.py").write_text("try:\n import fast\nexcept ImportError: fast = None\n")
+    found = verdicts(record)["imports nothing beside it"]
+    assert found.outcome == "fail" and "imports fast, which lies beside" in found.reason
+
+
 def test_a_script_of_others_is_never_started(tmp_path, monkeypatch):
     record = others_record(tmp_path)
     artifact = tmp_path / "final_model.int6.ptz"
