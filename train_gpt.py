@@ -397,7 +397,12 @@ def config_faults(config: Config) -> list[str]:
     complete = config.runs("train") or config.adopted  # else its file's settings are still to come
     broken += [(name, rule) for holds, name, rule in combination_rules(c)
                if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
-    return [f"{name.upper()}={show_value(getattr(config, name))}: {rule}" for name, rule in broken]
+    # with the values of the numbers that a rule names
+    numbers = {name.upper(): f"{name.upper()}={value}" for name, value in config.public().items()
+               if type(value) in (int, float)}
+    return [f"{name.upper()}={show_value(getattr(config, name))}: " + re.sub(
+        "[A-Z][A-Z0-9_]+(?!=)\\b", lambda found: numbers.get(found[0], found[0]), rule)
+            for name, rule in broken]
 
 
 def range_rules(c: Config) -> list[tuple]:
@@ -430,9 +435,9 @@ def combination_rules(c: Config) -> list[tuple]:
          "gate_window", "must be at most MODEL_DIM"),
         (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
         (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
-         f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
+         "must be a multiple of TRAIN_SEQ_LEN"),
         (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens",
-         f"must hold at least one window of TRAIN_SEQ_LEN={c.train_seq_len}"),
+         "must hold at least one window of TRAIN_SEQ_LEN"),
         (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
         (c.virtual_order or block, "recur_layers",
          "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
@@ -449,8 +454,8 @@ def combination_rules(c: Config) -> list[tuple]:
         (not c.input_path or c.reads, "input_path",
          "has a meaning only with STAGE=quantize or STAGE=evaluate"),
         (not c.resume or c.run_id, "resume", "needs the RUN_ID of the run to go on with"),
-        (re.fullmatch(r"(?!\.)[\w.-]*", c.run_id), "run_id",
-         "names a folder: use letters, digits, '_', '-', '.'"),
+        (re.fullmatch(r"(?![.-])[A-Za-z0-9_.-]{,200}", c.run_id), "run_id",
+         "names a folder: use at most 200 of A-Z, a-z, 0-9, '_', '-', '.'"),
     ]
 
 
@@ -465,6 +470,8 @@ def parse_setting(text: str, kind):
     if kind == "str":
         return text
     with contextlib.suppress(ValueError, KeyError):
+        if "str" not in kind:  # int() would take 1_0, and digits of other scripts
+            text = text.replace("_", "?").encode("ascii").decode()
         if kind == "bool":
             return bool(SWITCHES[text.lower()])
         if kind == "int":
@@ -516,10 +523,11 @@ def plain_value(text: str) -> float | str:
     return text
 
 
-def name_faults(env, values: dict) -> list[str]:
+def name_faults(env, given: dict[str, str], values: dict) -> list[str]:
     """Return faults of names: slips of a setting, and other systems' names at a value not built.
 
-    values: the settings that are given, by their own names.
+    env: all that is set; given: by presets, whose every name must be known; values: the settings
+    that are given, by their own names.
     """
     known = [*map(str.upper, KNOBS), *WITHOUT_EFFECT, *NEUTRAL]
     allowed, faults = parse_setting(env.get("ALLOW_ENV", ""), "tuple[str, ...]"), []
@@ -527,6 +535,8 @@ def name_faults(env, values: dict) -> list[str]:
         if other := misspelt(name, known):
             faults.append(f"{name}={env[name]}: no such setting; did you mean {other}? "
                           f"If it is not meant for this script: ALLOW_ENV={name}")
+        elif name in given:
+            faults.append(f"{name}={env[name]}: no such setting; take it out of the preset's file")
     for name, neutral in NEUTRAL.items():
         if knob := KNOBS.get(neutral.lower()):  # the value of that setting
             neutral = show_value(values.get(neutral.lower(), knob.default))
@@ -539,19 +549,24 @@ def name_faults(env, values: dict) -> list[str]:
 def preset_settings(names: str) -> dict[str, str]:
     """Return the settings of presets and of files of NAME=VALUE lines, joined by commas, as text.
 
-    Raises ValueError on a name that is neither and on a line that says no setting.
+    Raises ValueError on a name that is neither and on a line that says no setting, or says one
+    again.
     """
     found: dict[str, str] = {}
     for name in filter(None, map(str.strip, names.split(","))):
-        pairs = PRESETS.get(name, "").split()
-        if not pairs and Path(name).is_file():
-            lines = Path(name).read_text(encoding="utf-8").splitlines()
-            pairs = [text for line in lines if (text := line.split("#")[0].strip())]
-        if not pairs or not all("=" in pair for pair in pairs):
+        lines = PRESETS.get(name, "").split()
+        if not lines and Path(name).is_file():
+            text = Path(name).read_text(encoding="utf-8-sig", errors="replace")
+            lines = [*filter(str.strip, re.sub(r"(?m)(^|\s)#.*", "", text).splitlines())]
+        pairs = [[part.strip() for part in line.split("=", 1)] for line in lines]
+        times = Counter(key for key, *_ in pairs)
+        wrong = [line for line, (key, *value) in zip(lines, pairs) if not value
+                 or not key.isidentifier() or key == "PRESET" or times[key] > 1]
+        if wrong or not lines:
             raise ValueError(f"{name!r} must be one of {', '.join(PRESETS)}, or the path of a file "
-                             "of NAME=VALUE lines")
-        found.update((key.strip(), value.strip()) for key, _, value in
-                     (pair.partition("=") for pair in pairs))
+                             "of NAME=VALUE lines, each name once, none of them PRESET: not "
+                             f"{''.join(wrong[:1]).strip()[:60]!r}")
+        found.update((key, value) for key, value in pairs)
     return found
 
 
@@ -578,7 +593,7 @@ def load_config(env) -> Config:
         for special in set(BEATEN_BY.get(name, "").split()) - typed:
             values.pop(special, None)
     config = Config(explicit=frozenset(values), typed=typed, **values)
-    faults = name_faults({**given, **env}, values) + faults + config_faults(config)
+    faults = name_faults({**given, **env}, given, values) + faults + config_faults(config)
     if faults:
         raise ConfigError(faults, shared=True)
     return config
@@ -893,17 +908,15 @@ def launched_as(env) -> tuple[int, int, int]:
 
 def is_main_rank(env) -> bool:
     """Return whether this process is rank 0, also before (or without) a Runtime."""
-    try:
+    with contextlib.suppress(ConfigError):
         return launched_as(env)[0] == 0
-    except ConfigError:
-        return True  # whatever it is, somebody must say why
+    return True  # whatever it is, somebody must say why
 
 
 def contact_lost(error: Exception) -> bool:
     """Return whether an error means that another rank died, hangs, or left."""
     # gloo raises plain RuntimeErrors; the last is its word after a first collective timed out
-    found = re.search("(?i)gloo|pair closure", str(error))
-    return isinstance(error, dist.DistError) or found is not None
+    return isinstance(error, dist.DistError) or bool(re.search("(?i)gloo|pair closure", str(error)))
 
 
 def resident_peak_bytes() -> int:
@@ -1459,6 +1472,8 @@ class Batch(NamedTuple):
 
 def open_shard(path: Path) -> np.ndarray:
     """Return a token shard (N,) uint16, memory-mapped; ValueError on a wrong header or size."""
+    if not path.is_file():  # a pipe would wait for its writer
+        raise ValueError(f"{path}: no regular file; put a shard there, or take it away")
     header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
     if len(header) < 3 or header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
         raise ValueError(f"{path}: not a token shard (its header does not begin with "
@@ -1473,7 +1488,7 @@ def open_shard(path: Path) -> np.ndarray:
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Return the shards of `split` (train, val, val_bytes) in lexicographic order."""
     return sorted(path for path in folder.glob(f"fineweb_{split}_*.bin")
-                  if re.fullmatch(rf"fineweb_{split}_\d+\.bin", path.name))
+                  if re.fullmatch(rf"fineweb_{split}_[0-9]+\.bin", path.name))
 
 
 def keyed_permutation(index: np.ndarray, size: int, key: bytes) -> np.ndarray:
@@ -1810,7 +1825,8 @@ def load_tokenizer(path: Path):
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error})") from None
+        raise ValueError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error}); "
+                         "download or build it again") from None
 
 
 def name_validation(by_table: np.ndarray, denominator: int) -> str:
@@ -1888,7 +1904,7 @@ def data_faults(config: Config) -> list[str]:
             except (ValueError, OSError) as error:
                 faults.append(str(error))
     if config.text and not config.tokenizer_file.is_file():
-        faults.append(f"TOKENIZER_PATH={config.tokenizer_file}: no such file")
+        faults.append(f"TOKENIZER_PATH={config.tokenizer_file}: no such file; give a .model file")
     if not all(shards.values()):
         faults.append(GET_DATA)
     return faults
@@ -1906,8 +1922,7 @@ def unread_files(config: Config) -> list[str]:
 def training_faults(config: Config, files: list[Path]) -> list[str]:
     """Return which training shards another tokenizer wrote, by some samples of each."""
     processor = load_tokenizer(config.tokenizer_file)
-    pieces = read_pieces(processor)
-    faults = []
+    pieces, faults = read_pieces(processor), []
     for path in files:  # a few stretches of each: all would be gigabytes
         shard = open_shard(path)
         places = np.linspace(0, max(0, len(shard) - 4096), 4).astype(int)
@@ -2689,10 +2704,6 @@ class Optimizers:
         self.adamw = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2),
                                        eps=config.adam_eps, fused=runtime.device.type == "cuda")
 
-    def zero_grad(self):
-        for flat in self.bank.grads.values():
-            flat.zero_()
-
     def reduce_and_clip(self) -> Tensor:
         """Average gradients over the ranks and scale them to a global norm of GRAD_CLIP_NORM.
 
@@ -2755,10 +2766,10 @@ class Optimizers:
                                    for key, dtype in kinds.items()}
 
     def reset(self):
-        """Forget all momenta, as if no step had been made."""
+        """Forget all momenta and gradients, as if no step had been made."""
         self.adamw.state.clear()
-        for momentum in self.momenta:
-            momentum.zero_()
+        for tensor in (*self.momenta, *self.bank.grads.values()):
+            tensor.zero_()
 
 
 class Average:
@@ -3410,9 +3421,8 @@ def weight_forms(config: Config) -> dict:
     return {name: (entry.shape, torch.float32) for name, entry in inventory(config).items()}
 
 
-def quant_specs(config: Config) -> dict[str, QuantSpec]:
+def quant_specs(c: Config) -> dict[str, QuantSpec]:
     """Return how each kind of codes is made at multiplier 1."""
-    c = config
     return {INT6: QuantSpec(31, c.sdclip_k or 12.85, c.scale_floor, c.gptq_enabled, c.row_power),
             INT8: QuantSpec(INT8_MAX_CODE, c.sdclip_k_embed or 20.0, c.scale_floor_embed,
                             c.gptq_enabled and c.embed_gptq, c.embed_power)}
@@ -3658,8 +3668,7 @@ class Quantizer:
 def fit_artifact(quantizer: Quantizer, header: dict, limit_bytes: int,
                  report) -> tuple[float, bytes]:
     """Return (multiplier, artifact bytes): searched under the limit, or at 1 where k is given."""
-    config = quantizer.config
-    codec = config.codec
+    config, codec = quantizer.config, quantizer.config.codec
     header = {**header, "raw": ["stream"], "coding": CODING}
 
     def pack_at(multiplier):
@@ -3708,6 +3717,20 @@ def restore_weights(header: dict, tensors: dict[str, Tensor], config: Config, or
             raise ContainerError(f"{origin}: {name} holds values that are not finite")
     check_no_more(left, origin)
     return state
+
+
+def calibration_of(config: Config, origin: Path) -> dict[str, Tensor]:
+    """Return the statistics in a file; raises ConfigError unless they serve the step rule."""
+    _, means = read_tensors(origin, "stats")
+    if lacking := [name for name in STEP_RULES[config.rule](config).statistics()
+                   if name not in means]:
+        raise ConfigError([f"{origin}: lacks {', '.join(lacking[:3])}: made with another version, "
+                           "STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use those or calibrate"])
+    # those of steps by sensitivity are all there are; they serve the other rules as well
+    every = FisherSteps(config).statistics()
+    check_tensors(means, {name: (shape, torch.float32) for name, shape in every.items()
+                          if name in means}, origin)
+    return means
 
 
 def fitting_parameters(config: Config, artifact_bytes: int, limit_bytes: int) -> int:
@@ -3892,7 +3915,8 @@ class Trainer:
     def update(self, batch: Batch, layout: Layout, rates: Rates) -> Tensor:
         """Make one optimizer step on this rank's rows; returns their mean loss, on the device."""
         optimizers, parts = self.state.optimizers, batch.split(self.micro)
-        optimizers.zero_grad()
+        for flat in optimizers.bank.grads.values():
+            flat.zero_()
         total = torch.zeros((), device=self.runtime.device)
         for part in parts:
             loss = self.mean_loss(part, layout)
@@ -4147,8 +4171,7 @@ class Calibration:
         self.model, self.config, self.runtime = model, config, runtime
         rule = STEP_RULES[config.rule](config)
         self.gradients, self.wanted = rule.gradients, rule.statistics()
-        most = self.GRADIENT_TOKENS if rule.gradients else config.micro_batch_tokens
-        tokens = min(config.micro_batch_tokens, most)
+        tokens = min(config.micro_batch_tokens, self.GRADIENT_TOKENS if rule.gradients else 1 << 32)
         self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
         self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
         self.batch_seconds = 0.0
@@ -4317,10 +4340,11 @@ def file_faults(config: Config, files: RunFiles) -> list[str]:
     if source and not source.is_file():
         faults.append(f"STAGE={config.stage}: {source} does not exist; set RUN_ID or INPUT_PATH "
                       "to a run that has it")
-    elif source and config.stage == "quantize" and config.gptq_enabled and not (
-            stats := source.with_name(files.stats.name)).is_file():
-        faults.append(f"STAGE=quantize: {stats} does not exist; run STAGE=train with "
-                      "GPTQ_ENABLED=1, or quantize with GPTQ_ENABLED=0")
+    elif source and config.stage == "quantize" and config.gptq_enabled:
+        try:
+            calibration_of(config, source.with_name(files.stats.name))
+        except (ValueError, OSError) as error:
+            faults.append(f"STAGE=quantize: {error}; run STAGE=train again, or GPTQ_ENABLED=0")
     products = [getattr(files, STAGES[stage].writes[0]) for stage in STAGES if config.runs(stage)]
     products += [files.checkpoint] * config.runs("train")
     if not config.resume and (made := [path for path in products if path.exists()]):
@@ -4397,10 +4421,8 @@ def package_faults(config: Config) -> list[str]:
 
 
 def device_faults(config: Config, runtime: Runtime) -> list[str]:
-    """Return faults between the settings, the number of ranks and the memory of a GPU."""
-    if not config.runs("train"):
-        return []
-    if config.step_windows % runtime.world_size:
+    """Return faults between the settings and the number of ranks."""
+    if config.runs("train") and config.step_windows % runtime.world_size:
         return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
                 f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
                 f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
@@ -4442,10 +4464,9 @@ def predict_steps(config: Config, runtime: Runtime) -> tuple[int, float]:
     A rough guess: PR #1471's step runs at 36 % of its GPU's measured matrix rate; eager CPU steps
     were seen near 40 %.
     """
-    share = 0.36 if runtime.device.type == "cuda" else 0.4
-    rate = share * matmul_flops_per_second(runtime)
+    share, limit = 0.36 if runtime.device.type == "cuda" else 0.4, config.max_wallclock_seconds
     flops = 3 * forward_flops_per_token(config, config.recurrent_order) * config.train_batch_tokens
-    seconds, limit = flops / (rate * runtime.world_size), config.max_wallclock_seconds
+    seconds = flops / (share * matmul_flops_per_second(runtime) * runtime.world_size)
     return min(config.iterations, int(limit / seconds)) if limit else config.iterations, seconds
 
 
@@ -4505,11 +4526,11 @@ def forecast_faults(config: Config, runtime: Runtime, report: dict) -> list[str]
     def remedy(name, share):
         tokens = int(getattr(config, name) * share) // config.train_seq_len * config.train_seq_len
         lower = f"lower it to {tokens}, or " if tokens else ""
-        return f"{name.upper()}={getattr(config, name)}: {lower}take PRESET=demo: "
+        return f"{name.upper()}={getattr(config, name)}: {lower}try a smaller model (PRESET=demo): "
 
     if limit and seconds > 2 * limit:
         faults.append(remedy("train_batch_tokens", limit / seconds / 20) + f"a step takes about "
-                      f"{seconds:.0f} s here, of MAX_WALLCLOCK_SECONDS={limit:g}")
+                      f"{seconds:.1f} s here; or raise MAX_WALLCLOCK_SECONDS={limit:g}")
     if have and need > 1.3 * have:
         faults.append(remedy("micro_batch_tokens", have / need / 2) + f"a forward needs about "
                       f"{need} MiB here, there are {have}")
@@ -4572,8 +4593,7 @@ def log_head(session: Session, env, report: dict):
     config, runtime, log = session.config, session.runtime, session.log
     log.event("source", console=False, text_source=session.inputs.source,
               sha256=session.inputs.code_sha256)
-    facts = runtime.describe()
-    table = b""
+    facts, table = runtime.describe(), b""
     if runtime.device.type == "cuda":
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # it may hang, or be none
             table = subprocess.run(["nvidia-smi"], capture_output=True, timeout=5).stdout
@@ -4710,8 +4730,7 @@ def train_stage(session: Session):
         log.event("collecting")
         with clock.span("calibrate"):
             found = calibration.run(trainer.layout, loader, clock, log)
-        seconds = clock.seconds["calibrate"]
-        log.event("collected", hessians=calibration.hessians(), seconds=seconds)
+        log.event("collected", hessians=calibration.hessians(), seconds=clock.seconds["calibrate"])
         leave(session, trainer, "stats", found)
     loader.close()
     session.facts.update(steps=state.step)
@@ -4828,8 +4847,7 @@ def quantize_files(session: Session) -> dict:
     for name, damp in quantizer.redamped.items():
         log.event("gptq_redamp", name=name, damp=damp)
     log.event("quantized", gptq=len(quantizer.gptq_names), rounded=0)
-    made_by = {name: header[name] for name in MADE_BY}
-    head = dict(made_by, kind="artifact", config=artifact_config(config))
+    head = {n: header[n] for n in MADE_BY} | dict(kind="artifact", config=artifact_config(config))
     limit = config.artifact_max_bytes - session.inputs.code_bytes
 
     def report(multiplier, estimate, packed_bytes):
@@ -4839,20 +4857,6 @@ def quantize_files(session: Session) -> dict:
     multiplier, packed = fit_artifact(quantizer, head, limit, report)
     write_file(files.artifact, packed)
     return describe_artifact(session, quantizer, multiplier, len(packed))
-
-
-def calibration_of(config: Config, origin: Path) -> dict[str, Tensor]:
-    """Return the statistics in a file; raises ConfigError unless they serve the step rule."""
-    _, means = read_tensors(origin, "stats")
-    if lacking := [name for name in STEP_RULES[config.rule](config).statistics()
-                   if name not in means]:
-        raise ConfigError([f"{origin}: lacks {', '.join(lacking[:3])}: made with another version, "
-                           "STEP_RULE, EMBED_GPTQ or FP16_MAX_NUMEL; use those or calibrate"])
-    # those of steps by sensitivity are all there are; they serve the other rules as well
-    every = FisherSteps(config).statistics()
-    check_tensors(means, {name: (shape, torch.float32) for name, shape in every.items()
-                          if name in means}, origin)
-    return means
 
 
 def load_artifact(session: Session) -> tuple[Session, GPT, Layout, str]:
@@ -4945,7 +4949,8 @@ def run(env, check: bool):
         return runtime.close()
     with contextlib.ExitStack() as held, runtime.switches(), scope, runtime.signals:
         runtime.first(held.enter_context, claimed(files))
-        begins = not files.identity.exists()
+        # with nothing made yet that could be resumed, a training begins anew
+        begins = not files.identity.exists() or (config.runs("train") and not config.resume)
         if runtime.is_main and begins:
             write_file(files.identity, json.dumps(identity(config, inputs), indent=1).encode())
         log = Log(runtime.is_main, files.events, files.text_log)

@@ -352,10 +352,39 @@ def test_presets_join_and_the_later_one_beats(tmp_path):
     assert mine.explicit > mine.typed == {"preset", "ema_decay"}
 
 
+def test_a_preset_file_may_begin_with_a_mark_and_hold_a_hash(tmp_path):
+    file = tmp_path / "mine.env"
+    file.write_bytes("\ufeffSEED=3\nDATA_PATH=/data/a#b # mine\n#SEED=4\n".encode())
+    config = load_config({"PRESET": str(file)})
+    assert (config.seed, config.data_path) == (3, "/data/a#b")
+    file.write_bytes(b"\xfc\xff\x00")
+    assert "NAME=VALUE" in fault_of({"PRESET": str(file)})
+
+
+@pytest.mark.parametrize("env, told", [
+    (dict(EVAL_STRIDE="4096"), "EVAL_STRIDE=4096: must be at most EVAL_SEQ_LEN=2048"),
+    (dict(NUM_KV_HEADS="3"), "NUM_HEADS=8: must be a multiple of NUM_KV_HEADS=3"),
+    (dict(STEP_RULE="fisher", SDCLIP_K="3"), "needs GPTQ_ENABLED=1, and no SDCLIP_K=3.0 or")])
+def test_a_rule_of_two_settings_shows_both_values(env, told):
+    assert told in fault_of(env)
+
+
+@pytest.mark.parametrize("env", [
+    dict(ITERATIONS="1_0"), dict(ITERATIONS="\u0663"), dict(MATRIX_LR="1_0.5"),
+    dict(VE_LAYERS="1_0,2"), dict(RUN_ID="\u00e9"), dict(RUN_ID="-x"), dict(RUN_ID="a\nb"),
+    dict(RUN_ID="x" * 201)])
+def test_only_plain_numbers_and_names_of_files_are_taken(env):
+    assert next(iter(env)) in fault_of(env)
+    assert load_config(dict(RUN_ID="x" * 200, ALLOW_ENV="MUON_LR_2")).run_id
+
+
 @pytest.mark.parametrize("text, word", [
     ("NUM_LAYER=8", "did you mean NUM_LAYERS"), ("NUM_LAYERS=x", "whole number"),
     ("TTT_ENABLED=1", "not built"), ("NUM_LAYERS", "NAME=VALUE"), ("", "NAME=VALUE"),
-    ("# nothing", "NAME=VALUE")])
+    ("# nothing", "NAME=VALUE"), ("SEED=1\nhello\nNUM_LAYERS=8", "not 'hello'"),
+    ("SEED=1\nNUM_LAYERS=8\nSEED=2", "not 'SEED=1'"), ("PRESET=demo", "not 'PRESET=demo'"),
+    ("export SEED=1", "not 'export SEED=1'"), ("=3", "not '=3'"),
+    ("FOO_BAR=3", "FOO_BAR=3: no such setting"), ("\ufffd\x00\x07", "NAME=VALUE")])
 def test_a_preset_file_is_checked_like_the_environment(tmp_path, text, word):
     file = tmp_path / "mine.env"
     file.write_text(text)

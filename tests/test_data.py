@@ -1,5 +1,6 @@
 """Laws of shards, of the order of windows, of the bytes each target stands for, of data faults."""
 
+import os
 import types
 from collections import Counter
 from pathlib import Path
@@ -519,3 +520,14 @@ def test_validation_is_named_by_its_bytes_in_whole_windows(targets, total, name)
     by_table[0] += total - int(by_table[:max(1, whole)].sum())
     by_table[whole:] += 7 * (whole > 0)  # the tail does not matter
     assert train_gpt.name_validation(by_table, total) == name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("make", [os.mkdir, getattr(os, "mkfifo", None)])
+@pytest.mark.parametrize("split", ["train", "val", "val_bytes"])
+def test_what_is_no_regular_file_is_no_shard(text_folder, small_tokenizer, make, split):
+    """A pipe would wait for its writer without end."""
+    path = text_folder / f"fineweb_{split}_000009.bin"
+    make(path)
+    (fault,) = faults_of(text_folder, small_tokenizer)
+    assert f"{path}: no regular file" in fault

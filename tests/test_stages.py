@@ -489,6 +489,29 @@ def test_a_fault_that_only_another_rank_meets_is_told(tiny_env, data_copy, tmp_p
 # ---- one folder, many runs -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x",
+                                    lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:]])
+def test_damaged_statistics_are_told_before_the_run(tiny_run, tiny_env, tmp_path, damage):
+    shutil.copytree(tiny_run.folder, tmp_path / "made")
+    stats = tmp_path / "made" / "final_model.stats"
+    stats.write_bytes(damage(stats.read_bytes()))
+    done = run_here({**model_free(tiny_env), "STAGE": "quantize", "RUN_ID": "again",
+                     "INPUT_PATH": tmp_path / "made"}, tmp_path)
+    assert done.rc == 1 and str(stats) in done.stderr and "checksum" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_left_nothing_yields_its_folder_and_its_identity(tiny_env, tmp_path):
+    """Else the next one's own checkpoint could not be resumed: other settings began the folder."""
+    identity = tmp_path / "runs" / "x" / "run.json"
+    identity.parent.mkdir(parents=True)
+    identity.write_text('{"SEED": "7"}')
+    env = {**tiny_env, "RUN_ID": "x", "STAGE": "train", "ITERATIONS": 1, "GPTQ_ENABLED": 0}
+    assert run_here(env, tmp_path).rc == 0
+    assert json.loads(identity.read_text())["SEED"] == "1337"
+    assert run_here({**env, "RESUME": 1}, tmp_path).rc == 0
+
+
 @pytest.mark.parametrize("stage", ["all", "train", "quantize", "evaluate"])
 def test_a_finished_run_is_never_overwritten(tiny_run, tiny_env, tmp_path, stage):
     shutil.copytree(tiny_run.cwd, tmp_path / "copy")
@@ -837,7 +860,7 @@ def assert_bounded(done: Outcome, cwd, seconds):
 
 
 def test_the_clock_bounds_training_and_calibration(tiny_env, tmp_path):
-    assert_bounded(run_here(bounded(tiny_env, 4), tmp_path), tmp_path, 4)
+    assert_bounded(run_here(bounded(tiny_env, 8), tmp_path), tmp_path, 8)
 
 
 @pytest.mark.slow
