@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import LogError
+from logs import EVENTS_FILE, LogError, read_run
 from product import script
 
 
@@ -42,7 +41,7 @@ def file_sha256(path: Path) -> str:
 def open_artifact(path: Path) -> Artifact:
     """Read an artifact; raises LogError, or the script's own error, where there is none."""
     if not path.is_file():
-        raise LogError(f"{path}: no such file; give a run's final_model.int6.ptz")
+        raise LogError(f"{path}: no such file; give a run's {script().KINDS['artifact'][0]}")
     product = script()
     header, tensors = product.read_tensors(path, "artifact")
     config = product.adopt(product.load_config({"STAGE": "evaluate"}), header, "evaluate", path)
@@ -56,7 +55,7 @@ def find_tokenizer(artifact: Artifact, given: Path | None,
     Looked for: as given, by TOKENIZER_PATH, where the run beside the artifact had it, where the
     script looks by default. Raises LogError where none of these files is the one.
     """
-    run = logged_tokenizer(artifact.path.with_name("events.jsonl"))
+    run = logged_tokenizer(artifact.path.with_name(EVENTS_FILE))
     places = [given] if given else [
         Path(place) for place in (env.get("TOKENIZER_PATH"), run, artifact.config.tokenizer_file)
         if place]
@@ -73,11 +72,6 @@ def find_tokenizer(artifact: Artifact, given: Path | None,
 def logged_tokenizer(events: Path) -> str | None:
     """Return the path of the tokenizer that a run logged, or None."""
     try:
-        with open(events, encoding="utf-8") as file:
-            for line in file:
-                event = json.loads(line)
-                if event.get("event") == "config":
-                    return event.get("tokenizer_path") or None
-    except (OSError, ValueError, AttributeError):
+        return read_run(events).config.get("tokenizer_path") or None
+    except LogError:
         return None
-    return None

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compare import analyse
-from imports import import_faults, python_faults
+from imports import import_faults, named_files, python_faults, runnable
 from logs import CAP_BYTES, LogError, Run, Score, find_logs, read_run
 from pack import mixed
 from product import REPOSITORY, script
@@ -55,6 +55,7 @@ from summary import (
     training_seconds,
 )
 
+MODULE_SUFFIXES = {".py", ".pyc", ".so", ".pyd"}  # x.so and x.cpython-312.so are module x
 NEEDED_FILES = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
 FOLDER_NAME = re.compile(r"(\d{4}-\d{2}-\d{2})_[\w.+-]+")
 SEED_NAME = re.compile(r".*seed[_-]?(-?\d+)", re.IGNORECASE)
@@ -176,7 +177,8 @@ def complete(record: Record) -> Verdict:
               if not run.complete]
     faults += [f"{run.path.name}: logs seed {run.seed}" for seed, run in record.logs.items()
                if run.seed != seed and (record.is_ours or None is not run.seed != seed >= 0)]
-    faults += [f"{run.path.name}: {warning}" for run in record.runs for warning in run.warnings]
+    faults += [f"{run.path.name}: {warning}" for run in record.runs for warning in run.warnings
+               if warning != run.sizes.fault]  # which `sizes` tells
     return verdict("every seed complete", faults or ["no log"] * (not record.logs),
                    f"seeds {', '.join(str(run.seed) for run in record.runs)}")
 
@@ -187,7 +189,8 @@ def computed(record: Record) -> dict[str, Any]:
     if kind is None:
         raise RecordError("the logs do not end in one kind of score")
     stated = record.stated("seeds")
-    order = stated if isinstance(stated, list) and set(stated) == set(record.logs) else record.logs
+    whole = isinstance(stated, list) and all(isinstance(seed, int) for seed in stated)
+    order = stated if whole and set(stated) == set(record.logs) else record.logs
     return numbers([record.logs[seed] for seed in order], kind)
 
 
@@ -342,11 +345,8 @@ def sizes(record: Record) -> Verdict:
 
 def sums_agree(record: Record) -> Verdict:
     """Hold another's sums against their parts, and say how it counts its code."""
-    faults, logged = [], {run.sizes.code for run in record.runs}
-    for run in record.runs:
-        artifact, code, total = run.sizes.artifact, run.sizes.code, run.sizes.total
-        if None not in (artifact, code, total) and total != (artifact or 0) + (code or 0):
-            faults.append(f"{run.path.name}: total {total}, artifact {artifact} + code {code}")
+    logged = {run.sizes.code for run in record.runs}
+    faults = [f"{run.path.name}: {run.sizes.fault}" for run in record.runs if run.sizes.fault]
     by_logs = " or ".join(f"{code:,}" for code in sorted(filter(None, logged))) or "unknown"
     same = logged == {len(record.code)}
     return verdict("sizes", faults, f"code {by_logs} bytes by the logs"
@@ -368,16 +368,17 @@ def cap(record: Record) -> Verdict:
     return Verdict(rule, known.pop() if len(known) == 1 else "n/a", reasons)
 
 
-def timed(record: Record, what: str, value_of: Callable, limit: float) -> Verdict:
+def timed(record: Record, what: str, value_of: Callable, limit: float,
+          leeway_of: Callable[[Run], float] = lambda run: 0.0) -> Verdict:
     rule = f"{what} <= {limit} s"
     if record.track != "10min_16mb":
         return Verdict(rule, "n/a", "a rule of track 10min_16mb")
-    leeway = one_step_seconds if what.startswith("training") else lambda run: 0.0
-    return judge(rule, record.runs, value_of, limit, "s", leeway)
+    return judge(rule, record.runs, value_of, limit, "s", leeway_of)
 
 
 def train_time(record: Record) -> Verdict:
-    return timed(record, "training + calibration", training_seconds, script().TRAIN_LIMIT_SECONDS)
+    return timed(record, "training + calibration", training_seconds, script().TRAIN_LIMIT_SECONDS,
+                 one_step_seconds)
 
 
 def eval_time(record: Record) -> Verdict:
@@ -404,7 +405,9 @@ def significance(record: Record) -> Verdict:
     base, kind = record.stated("base"), final_score(record.runs)
     if not isinstance(base, dict) or kind is None or not record.is_ours:
         return Verdict(rule, "n/a", "no base to compare with" if kind else "no score")
-    old = [Run(Path(f"base{i}"), "text", "published", scores={kind: Score(loss, bpb)})
+    if any(fault.startswith("base") for fault in schema_faults(record.submission)):
+        return Verdict(rule, "n/a", "the base in submission.json does not obey schema.json")
+    old = [Run(Path(f"base{i}"), "published", scores={kind: Score(loss, bpb)})
            for i, (loss, bpb) in enumerate(zip(base["val_loss"], base["val_bpb"]))]
     found = analyse(record.runs, old)
     test = found["test_nats"]
@@ -437,8 +440,8 @@ def imports_alone(record: Record) -> Verdict:
     rule = "imports nothing beside it"
     needed = record.folder / "requirements.txt"
     listed = needed.read_text(encoding="utf-8", errors="replace") if needed.is_file() else ""
-    beside = {path.stem for path in record.folder.iterdir() if path.name != "train_gpt.py"
-              and (path.suffix == ".py" or path.is_dir())}
+    beside = {path.name.partition(".")[0] for path in record.folder.iterdir()
+              if path.name != "train_gpt.py" and (path.suffix in MODULE_SUFFIXES or path.is_dir())}
     try:
         texts = record.code, unpack_script(record.code).encode()
         faults = [fault for text in dict.fromkeys(texts)
@@ -448,6 +451,25 @@ def imports_alone(record: Record) -> Verdict:
     unlisted = all("beside" not in fault for fault in faults) and not listed
     return verdict(rule, faults, "standard library and requirements.txt",
                    record.is_ours or not unlisted)
+
+
+def nothing_else_runs(record: Record) -> Verdict:
+    """Hold that all code is in train_gpt.py, whose bytes are counted.
+
+    In another's folder such a file may be there for the reader: a fault where the script names it.
+    """
+    rule, extra = "no other file runs", [path for path in runnable(record.folder)
+                                         if path != record.folder / "train_gpt.py"]
+    try:
+        text = named_files(unpack_script(record.code))
+    except (ScriptError, SyntaxError, ValueError):
+        text = ""
+    named = [path for path in extra
+             if re.search(rf"(?<![\w.-]){re.escape(path.name)}(?![\w.-])", text)]
+    faults = [f"{path.relative_to(record.folder)}: {path.stat().st_size:,} bytes that could run"
+              f"{', which train_gpt.py names,' if path in named else ''} and are not counted; put "
+              "them into train_gpt.py or remove them" for path in extra]
+    return verdict(rule, faults, "all code is in train_gpt.py", record.is_ours or bool(named))
 
 
 def coverage(record: Record) -> Verdict:
@@ -524,7 +546,7 @@ def legality(record: Record) -> Verdict:
 FACTS = (json_agrees, cap, train_time, eval_time, complete, enough_seeds, one_configuration,
          code_ran, sizes, events_agree, readme_agrees, machine, significance, coverage,
          byte_fingerprint)
-FORM = (files_present, folder_name, schema, legality, compiles, imports_alone)
+FORM = (files_present, folder_name, schema, legality, compiles, imports_alone, nothing_else_runs)
 OF_FOLDERS = (complete, enough_seeds)  # facts that can be judged without a log
 
 
@@ -534,6 +556,9 @@ def evaluate(record: Record, artifact: Path) -> Verdict:
     n/a where it cannot give the same digits: other data, torch or number of threads.
     """
     rule = f"{artifact.name} scores the same"
+    if not record.is_ours:
+        return Verdict(rule, "n/a", "the folder is not of pack's making: no script of others is "
+                       "started")
     size = artifact.stat().st_size
     sources = [run for run in record.runs if run.sizes.artifact == size]
     if not sources:
@@ -569,7 +594,8 @@ def run_evaluation(folder: Path, artifact: Path, source: Run) -> tuple[Run | Non
     env = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     env.update({name: str(Path(value).resolve()) for name, value in settings.items() if value},
                STAGE="evaluate", INPUT_PATH=str(artifact.resolve()), RUN_ID="again",
-               OMP_NUM_THREADS=str(told.get("threads", 1)), DEVICE=source.config["device"])
+               OMP_NUM_THREADS=str(told.get("threads", 1)),
+               DEVICE=source.config.get("device", "auto"))
     world = int(told.get("world_size", 1))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     command = [sys.executable, *(launcher if world > 1 else ()), "train_gpt.py"]
@@ -613,7 +639,8 @@ def page(folder: str, verdicts: Sequence[Verdict]) -> str:
 def run(args: argparse.Namespace) -> int:
     """Print the verdicts; 1 when any rule of any folder fails."""
     if missing := [path for path in args.evaluate if not path.is_file()]:
-        raise LogError(f"--evaluate {missing[0]}: no such file; give a run's final_model.int6.ptz")
+        raise LogError(f"--evaluate {missing[0]}: no such file; give a run's "
+                       f"{script().KINDS['artifact'][0]}")
     found = {str(folder): judgements(load(folder), args.evaluate) for folder in args.folders}
     if args.json:
         print(json.dumps({folder: [v._asdict() for v in verdicts]

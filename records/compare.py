@@ -2,8 +2,9 @@
 
     records.py compare NEW… -- OLD…      NEW is judged against OLD
 
-The score of a run is its last one: test-time training, else sliding, else round trip. The record
-rule of the challenge asks that NEW be lower by 0.005 nats a token at p < 0.01 (one-sided Welch).
+Compared is the score that all runs end in. Where they end in different ones it is the last that
+all of them have, of round trip, sliding, test-time training, slot and n-gram. The record rule of
+the challenge asks that NEW be lower by 0.005 nats a token at p < 0.01 (one-sided Welch).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from logs import STAGE_ORDER, LogError, Run
-from read import read_group, same_run
+from read import read_pair
 from stats_tests import RECORD_NATS, RECORD_P, Comparison, seeds_to_decide, welch
 from summary import mean_and_std, names_of
 
@@ -42,6 +43,12 @@ def rewrite(argv: Sequence[str]) -> list[str]:
     """Return the arguments with the first `--` as the option it is short for."""
     at = list(argv).index("--") if "--" in argv else len(argv)
     return [*argv[:at], *["--against"] * (at < len(argv)), *argv[at + 1:]]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise LogError where two groups have one name: one would stand for both."""
+    if names[0] == names[1]:
+        raise LogError(f"--names {' '.join(names)}: give two different names")
 
 
 def final_scores(runs: Sequence[Run], kind: str) -> list[float]:
@@ -192,9 +199,8 @@ def report(found: dict[str, Any], names: Sequence[str], all_settings: bool) -> s
 
 
 def run(args: argparse.Namespace) -> int:
-    (new, notes), (old, more) = read_group(args.new), read_group(args.against)
-    notes += more + [f"{run.path}: the same run as {other.path} of the other group"
-                     for run in old for other in new if same_run(run, other)]
+    check_names(args.names)
+    new, old, notes = read_pair(args.new, args.against)
     found = analyse(new, old)
     if args.json:
         print(json.dumps(dict(found, names=[names_of(new), names_of(old)], notes=notes), indent=1))

@@ -9,6 +9,7 @@ needed to run it: settings, order of layers, tokenizer (path and sha256), and wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -34,11 +35,12 @@ def metadata(artifact: Artifact, tokenizer: Path | None) -> dict[str, str]:
             "tokenizer": str(tokenizer) if tokenizer else "",
             "tokenizer_sha256": header["tokenizer_sha256"],
             "artifact_sha256": file_sha256(artifact.path),
-            "script_sha256": file_sha256(SCRIPT), "steps": str(header.get("steps", ""))}
+            "script_sha256": file_sha256(SCRIPT)}
 
 
 def run(args: argparse.Namespace) -> int:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise LogError("safetensors is not installed: pip install -r records/requirements.txt") \
@@ -56,10 +58,16 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = None
         print(f"note: {error}")
     weights = {name: w.contiguous() for name, w in artifact.weights().items()}
-    args.to.parent.mkdir(parents=True, exist_ok=True)
     part = args.to.with_name(args.to.name + ".part")
-    save_file(weights, part, metadata(artifact, tokenizer))
-    os.replace(part, args.to)
+    try:
+        args.to.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, part, metadata(artifact, tokenizer))
+        os.replace(part, args.to)
+    except (OSError, SafetensorError) as error:
+        raise LogError(f"--to {args.to}: cannot be written ({error})") from error
+    finally:  # whatever ended it, half a file is no use
+        with contextlib.suppress(OSError):
+            part.unlink()
     number = sum(w.numel() for w in weights.values())
     print(f"{args.to}: {len(weights)} tensors, {number:,} weights, {args.to.stat().st_size:,} "
           f"bytes; tokenizer {tokenizer or 'unknown'}")

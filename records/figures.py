@@ -17,8 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from logs import STAGE_ORDER, LogError, Run
-from summary import name_of, names_of, time_points
+from compare import common_kind
+from logs import LogError, Run
+from summary import EARLY, name_of, names_of, setting, time_points
 
 # After Okabe and Ito, each dark enough for text on white; yellow and sky blue are not.
 COLOURS = ("#0072B2", "#D55E00", "#007F5F", "#B0518E", "#000000", "#8A5A00", "#7A7A7A")
@@ -32,7 +33,6 @@ STYLE: dict[Any, Any] = {
 DPI, LABEL_POINTS, LONGEST_NAME = 160, 8.0, 26
 PANEL_INCHES = (3.6, 1.75)  # width, height of the framed area
 HEAD, LEFT, ABOVE, BELOW = 0.36, 0.62, 0.36, 0.46  # room on top; around each panel, inches
-EARLY = 0.05  # share of a run in which the loss falls so much that nothing else is seen
 MOST_POINTS = 300  # a longer curve is drawn as means of equal stretches
 MOST_NAMED = 7  # so many runs can be told apart by colour
 SCORE_NAMES = {"prequant": "EMA", "roundtrip": "packed", "prequant_sliding": "EMA, sliding",
@@ -308,15 +308,17 @@ def draw_comparison(groups: Mapping[str, Sequence[Run]], path: Path,
                 if any(is_curve(curve) for curve in curves):
                     named = [curve for curve in curves if curve.name]
                     panels.append(Panel(y_name, x_name, curves, named))
-        kinds = [kind for kind in reversed(STAGE_ORDER)
-                 if all(run.bpb(kind) is not None for run, _, _ in runs)]
-        if not panels and not kinds:
+        try:
+            kind = common_kind([run for run, _, _ in runs])
+        except LogError:
+            kind = None
+        if not panels and kind is None:
             raise LogError(f"{runs[0][0].path}: nothing to draw: no losses by step, no scores")
         heading = title or " against ".join(groups)
-        rows = 0.2 + 0.19 * len(runs) if kinds else 0.0
+        rows = 0.2 + 0.19 * len(runs) if kind else 0.0
         figure, strip = draw_grid(panels, heading, strip_inches=rows)
-        if strip:
-            draw_scores(strip, groups, [colour for _, colour, _ in runs], kinds[0])
+        if strip and kind:
+            draw_scores(strip, groups, [colour for _, colour, _ in runs], kind)
         return save(figure, path)
 
 
@@ -349,7 +351,7 @@ def run_panels(run: Run) -> tuple[list[Panel], list[str]]:
     marks = [(step, f"recurrence from step {switch:,}") for step, _ in blank]
     if (started := run.events.get("averaging", {}).get("step")) is not None:
         marks.append((started, "SWA from here"))
-    rate = float(run.config.get("matrix_lr", "1"))
+    rate = setting(run, "matrix_lr", 1.0)
     of_train = {
         "training loss, nats a token": [(p.step, p.train_loss) for p in run.train],
         "matrix learning rate": [(p.step, None if p.lr_multiplier is None
@@ -359,9 +361,9 @@ def run_panels(run: Run) -> tuple[list[Panel], list[str]]:
              for title, points in of_train.items()}
     known["step time, ms"] = paces(run)
     panels, lacking = list[Panel](), list[str]()
-    clip = run.config.get("grad_clip_norm", "0")
+    clip = setting(run, "grad_clip_norm")
     for title, points in known.items():
-        level = (float(clip), f"clipped at {clip}") if "norm" in title and clip != "0" else None
+        level = (clip, f"clipped at {clip:g}") if "norm" in title and clip else None
         if len(points) > 1:
             panels.append(Panel(title, "step", [Curve("", COLOURS[0], points)], [],
                                 blank if panels else marks, level, "time" in title))

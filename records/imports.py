@@ -7,8 +7,13 @@ import io
 import re
 import sys
 import tokenize
+from pathlib import Path
 
 OLDEST = (3, 10)
+# How files are named, or begin, that Python, a shell or the system's loader runs.
+CODE_SUFFIXES = {".py", ".pyw", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".pth", ".egg", ".whl",
+                 ".zip", ".sh", ".exe", ".bat", ".cu", ".ptx", ".cubin"}
+CODE_HEADS = (b"#!", b"\x7fELF", b"MZ", b"PK\3\4", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 # Requirement -> modules of another name.
 MODULES = {"pyyaml": {"yaml"}, "scikit-learn": {"sklearn"}, "pillow": {"PIL"},
            "flash-attn-3": {"flash_attn_interface"}}
@@ -71,6 +76,26 @@ def imported(tree: ast.Module) -> list[tuple[str, int, bool]]:
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant) \
                 and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
             found.append((str(node.args[0].value).split(".")[0], node.lineno, id(node) in guarded))
+    return found
+
+
+def named_files(text: str) -> str:
+    """Return every text that a program may use as a file's name, a line each: no docstrings."""
+    tree = ast.parse(text)
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return "\n".join(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                     and isinstance(node.value, str) and id(node) not in alone)
+
+
+def runnable(folder: Path) -> list[Path]:
+    """Return the files in a folder that could be run or imported, by their name or first bytes."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                head = file.read(4)
+            if path.suffix.lower() in CODE_SUFFIXES or head.startswith(CODE_HEADS):
+                found.append(path)
     return found
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from artifact import Artifact, open_artifact
+from logs import LogError
 from product import script
 
 BAR_CHARACTERS, HISTOGRAM_ROWS = 50, 32
@@ -200,10 +201,18 @@ def report(stored: Sequence[Stored], whole_bytes: int, header: Mapping[str, Any]
 def stored_in(artifact: Artifact, weights_file: Path | None = None) -> list[Stored]:
     """Return every stored weight of an artifact, compared with the weights beside it if there."""
     header, config, originals = artifact.header, artifact.config, dict[str, Any]()
-    path = weights_file or artifact.path.with_name("final_model.weights")
-    if weights_file or path.is_file():
+    usual = script().KINDS["weights"][0]
+    path = weights_file or artifact.path.with_name(usual)
+    if weights_file and not path.is_file():
+        raise LogError(f"--weights {path}: no such file; give a run's {usual}")
+    if path.is_file():
         _, originals = script().read_tensors(path, "weights")
     weights, codes = read_codes(header, artifact.tensors, config, artifact.path)
+    for name, original in originals.items():
+        if name in weights and original.shape != weights[name].shape:
+            raise LogError(f"{path}: weights of another model: {name} is "
+                           f"{tuple(original.shape)}, in the artifact "
+                           f"{tuple(weights[name].shape)}; give --weights FILE of its own run")
     return look(codes, weights, originals, {entry[0]: entry[-1] for entry in header["tensors"]},
                 config)
 

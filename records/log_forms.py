@@ -2,9 +2,9 @@
 
 The lines of our script, which are those of PR #1471's family too, are read by turning the
 script's own table `EVENTS` around: each template becomes a pattern. LINES holds the other published
-forms in the same notation, SCORES what the name of a final score means, as counted over the
-challenge's logs. A ":" before a field also stands for ": " and "="; fields that follow the known
-ones are passed over, but for those that EXTRAS names.
+forms in the same notation, SCORES what the name of a final score means. A ":" before a field also
+stands for ": " and "="; fields that follow the known ones are passed over, but for those that
+EXTRAS names.
 """
 
 import functools

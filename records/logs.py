@@ -22,9 +22,12 @@ MAX_LINE_BYTES, MAX_SOURCE_BYTES = 1 << 20, 4 << 20
 MAX_EVENTS = 120_000  # a run prints some ten thousand; what comes after so many is left out
 STAGE_ORDER = ("roundtrip", "sliding", "ttt", "slot", "ngram")
 SCORE_KINDS = tuple(dict.fromkeys(form.kind for form in SCORES))
+EVENTS_FILE = "events.jsonl"  # of a run's folder
 NO_LOGS = ("requirements", "readme", "license")  # how text files begin that are no logs
 # How a last line looks that lost its end: like a statement of a log, without a full stop or unit.
 CUT = re.compile(rb"[A-Za-z0-9\[][\w ./+\[-]*[:=_](?!.*(?:[.!)\]}=]|\dm?s)\s*$)")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # what PowerShell's > writes first
+MARKS = (*UTF16_MARKS, b"\xef\xbb\xbf")
 RULER = b"=" * 100  # what published scripts print around their own source
 # Events of which a run has one; two that differ are a contradiction, unless they are of two names.
 SINGLE = {"settings", "data", "val_data", "val_counts", "parameters", "reserve", "weights",
@@ -38,6 +41,10 @@ HEADS = {"source", "environment", "config"}
 
 class LogError(ValueError):
     """A log that cannot be read at all; the message names the file, the fault and the remedy."""
+
+
+class NoSuchLog(LogError):
+    """What is named can never become the log of one run, however long one waits."""
 
 
 class TrainPoint(NamedTuple):
@@ -89,21 +96,32 @@ class Sizes:
     def margin(self) -> int | None:
         return None if self.total is None or self.cap is None else self.cap - self.total
 
+    @property
+    def made(self) -> int | None:
+        """What artifact and code are together."""
+        return None if self.artifact is None or self.code is None else self.artifact + self.code
+
+    @property
+    def fault(self) -> str | None:
+        """Why the total that the log states cannot be right, or None."""
+        if self.made is None or self.total in (None, self.made):
+            return None
+        return f"total of {self.total} bytes is not artifact {self.artifact} + code {self.code}"
+
 
 @dataclass
 class Run:
     """What a log says about one run. Settings are text, written as one would type them."""
 
     path: Path
-    form: str  # "events" or "text"
     system: str  # "ours" or "published"
     run_id: str | None = None
     seed: int | None = None
     config: dict[str, str] = field(default_factory=dict)
-    overrides: dict[str, str] = field(default_factory=dict)
     source_sha256: str | None = None
     parameters: int | None = None
-    # train_shards, train_sha256, val_tokens, val_bytes, val_sha256: those that the log states
+    # those that the log states of train_shards, train_tokens, train_sha256, val_tokens, val_bytes
+    # and val_sha256
     data: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] | None = None
     train: list[TrainPoint] = field(default_factory=list)
@@ -356,9 +374,9 @@ class Collector:
             self.warnings.append("the run was interrupted and resumed")
         return kept
 
-    def run(self, path: Path, form: str, system: str) -> Run:
+    def run(self, path: Path, system: str) -> Run:
         """Return everything as one Run; raises LogError when no event was of any use."""
-        session, run = self.whole_session(), Run(path, form, system)
+        session, run = self.whole_session(), Run(path, system)
         fill_identity(run, session)
         fill_series(run, session)
         fill_scores(run, session)
@@ -377,9 +395,6 @@ def fill_identity(run: Run, session: Session) -> None:
     """Who ran what on which data and machine."""
     last, result = session.last, session.last.get("result", {})
     run.config = {name: text for name, text in session.settings.items() if text is not None}
-    values = last.get("overrides", {}).get("values")
-    run.overrides = {name: str(value) for name, value in values.items()} \
-        if isinstance(values, dict) else {}
     seed = run.config.get("seed", "")
     run.seed = int(seed) if seed.lstrip("-").isdigit() else whole(result, "seed")
     run.run_id = run.config.get("run_id") or result.get("run_id")
@@ -486,13 +501,11 @@ def fill_sizes(run: Run, session: Session) -> None:
         whole(session.last.get(kind), "bytes") for kind in
         ("artifact", "code_size", "code_packed", "total_size", "total_unnamed"))
     code = code if packed is None else packed
-    made = None if artifact is None or code is None else artifact + code
-    if total is None and unnamed == made:
-        total = made
+    if total is None and unnamed == Sizes(artifact, code).made:
+        total = unnamed
     cap = run.config.get("artifact_max_bytes", "" if run.system == "ours" else str(CAP_BYTES))
     run.sizes = Sizes(artifact, code, total, int(cap) if cap.isdigit() else None)
-    if made is not None and total not in (None, made):
-        run.warnings.append(f"total of {total} bytes is not artifact {artifact} + code {code}")
+    run.warnings += [run.sizes.fault] if run.sizes.fault else []
 
 
 def fill_end(run: Run, session: Session) -> None:
@@ -543,17 +556,18 @@ def plain_lines(path: Path) -> Iterator[bytes]:
     """Yield a file's lines as UTF-8 bytes; raises LogError when it is empty or no text."""
     with open(path, "rb") as file:
         head = file.read(4096)
-        if not head.strip():
+        mark = next((mark for mark in MARKS if head.startswith(mark)), b"")
+        if not head.removeprefix(mark).strip():
             raise LogError(f"{path}: empty; give the log of a run that was started")
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # what PowerShell's > writes
+        if mark in UTF16_MARKS:
             file.seek(0)
             text = io.TextIOWrapper(file, encoding="utf-16", errors="replace")
             yield from (line.encode("utf-8", "replace") for line in text)
             return
         if b"\0" in head:
-            raise LogError(f"{path}: no text (it holds NUL bytes); give a .txt or .log file, an "
-                           "events.jsonl, or a run's folder; UTF-16 without its mark: convert it")
-        file.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+            raise NoSuchLog(f"{path}: no text (it holds NUL bytes); give a .txt or .log file, an "
+                            "events.jsonl, or a run's folder; UTF-16 without its mark: convert it")
+        file.seek(len(mark))
         yield from file
 
 
@@ -578,7 +592,7 @@ def read_events(path: Path) -> Run:
         collector.warnings.append(f"{damaged} lines are no JSON event; left out")
     if foreign:
         collector.warnings.append(f"{foreign} events are of kinds this script does not know")
-    return collector.run(path, "events", "ours")
+    return collector.run(path, "ours")
 
 
 def read_text(path: Path) -> Run:
@@ -608,7 +622,7 @@ def read_text(path: Path) -> Run:
         raise LogError(f"{path}: none of its {reader.line_number} lines is one that a training "
                        "run prints; give a .txt or .log file, an events.jsonl, or a run's folder")
     collector.warnings += remarks_of(reader)
-    return collector.run(path, "text", "ours" if reader.is_ours else "published")
+    return collector.run(path, "ours" if reader.is_ours else "published")
 
 
 def remarks_of(reader: LineReader) -> list[str]:
@@ -624,7 +638,7 @@ def remarks_of(reader: LineReader) -> list[str]:
 
 def logs_in(folder: Path) -> list[Path]:
     """Return a folder's logs: its events.jsonl, else its logs, else those of logs/ in it."""
-    if (events := folder / "events.jsonl").is_file():
+    if (events := folder / EVENTS_FILE).is_file():
         return [events]
     for place in (folder, folder / "logs"):
         for pattern in ("*.log", "*.txt"):
@@ -656,8 +670,17 @@ def find_log(path: Path) -> Path:
     found = find_logs(path)
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:4])
-        raise LogError(f"{path}: holds {len(found)} logs ({names}...); give one of them")
+        raise NoSuchLog(f"{path}: holds {len(found)} logs ({names}...); give one of them")
     return found[0]
+
+
+def counterpart(path: Path) -> Path:
+    """Return where the rest of a run is: of its folder runs/ID the text log logs/ID.txt, and of
+    that log the folder.
+    """
+    root = path.absolute().parent.parent
+    return root / "logs" / f"{path.absolute().name}.txt" if path.is_dir() \
+        else root / "runs" / path.stem
 
 
 def read_run(path: str | Path) -> Run:

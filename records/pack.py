@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logs import LogError, Run, read_run
+from logs import EVENTS_FILE, LogError, Run, counterpart, read_run
 from product import REPOSITORY
 from record import (
     MACHINE,
-    PLACES,
     TRACKS,
     RecordError,
     base_settings,
@@ -90,10 +89,8 @@ def find_source(path: Path) -> Source:
 
     Raises LogError where there is no text log, which is what reviewers read.
     """
-    if path.is_dir():
-        events, text = path / "events.jsonl", path.parent.parent / "logs" / f"{path.name}.txt"
-    else:
-        text, events = path, path.parent.parent / "runs" / path.stem / "events.jsonl"
+    text, folder = (counterpart(path), path) if path.is_dir() else (path, counterpart(path))
+    events = folder / EVENTS_FILE
     if not text.is_file():
         raise LogError(f"{path}: no text log at {text}; give the text log, or the run's folder "
                        "with logs/ beside runs/")
@@ -143,11 +140,16 @@ def differences(run: Run, base: dict[str, str]) -> dict[str, tuple[str, str]]:
             if value != base.get(name, "-")}
 
 
+def placeless(name: str, value: str) -> str:
+    """Return a setting as others may read it: of a path on some machine only its name."""
+    parts = value.split(",") if name == "preset" else [value]  # presets and files of settings
+    return ",".join(f"path/to/{Path(part).name}" if Path(part).is_absolute() else part
+                    for part in parts)
+
+
 def typed(name: str, value: str) -> str:
-    """Return a setting as typed before the command; of a path on some machine only its name."""
-    if name in PLACES:
-        value = f"path/to/{Path(value).name}" if Path(value).is_absolute() else value
-    return f"{name.upper()}={shlex.quote(value)}"
+    """Return a setting as typed before the command."""
+    return f"{name.upper()}={shlex.quote(placeless(name, value))}"
 
 
 def command(run: Run) -> str:
@@ -167,7 +169,8 @@ def readme(data: dict[str, Any], run: Run, base: tuple[str, dict[str, str]], ext
            figure: str | None) -> str:
     """Return the README of a record."""
     base_name, settings = base
-    rows = [f"| `{name.upper()}` | {here or 'empty'} | {there or 'empty'} |"
+    rows = [f"| `{name.upper()}` | {placeless(name, here) or 'empty'} | "
+            f"{placeless(name, there) or 'empty'} |"
             for name, (here, there) in differences(run, settings).items()]
     changed = [f"| setting | here | {base_name} |", "|---|---|---|", *rows] if rows else \
         [f"Nothing: the settings are those of {base_name}."]
@@ -176,7 +179,8 @@ def readme(data: dict[str, Any], run: Run, base: tuple[str, dict[str, str]], ext
                          if facts.get(name))
     legality = [f"- **{name.replace('_', ' ')}**: {text}"
                 for name, text in data["compliance"].items()]
-    everything = [f"{name.upper()}={value}" for name, value in sorted(configuration(run).items())]
+    everything = [f"{name.upper()}={placeless(name, value)}"
+                  for name, value in sorted(configuration(run).items())]
     parts = [f"# {data['name'].replace('_', ' ')}", data["blurb"], extra, "## Results",
              f"Score: {data['score']} evaluation of the packed artifact, bits per byte of the "
              "validation text.", results_table(data),

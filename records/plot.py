@@ -14,11 +14,11 @@ from logs import find_log, read_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="PATH",
-                        help="default: training beside the log")
+                        help="default: LOG_training beside the log")
 
 
 def run(args: argparse.Namespace) -> int:
-    out = args.out or find_log(args.run).with_name(f"{find_log(args.run).stem}_training")
-    for path in draw_run(read_run(args.run), out):
+    log = find_log(args.run)
+    for path in draw_run(read_run(log), args.out or log.with_name(f"{log.stem}_training")):
         print(f"figure: {path}")
     return 0

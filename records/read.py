@@ -9,8 +9,9 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from logs import LogError, Run, find_logs, read_run
 from summary import (
@@ -26,6 +27,7 @@ from summary import (
 MARKS = {"pass": "ok  ", "fail": "FAIL", "n/a": "n/a "}
 SAME_LOSS, SAME_TIME = 5.1e-5, 5e-3  # of two logs of one run: nats or bpb; share of the time
 FINAL_TITLE = "final score is of"
+Found = TypeVar("Found")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,37 +35,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
-def read_all(paths: Sequence[Path]) -> tuple[list[Run], list[str], list[str]]:
-    """Return the runs of all logs that paths name, notes on what was dropped, and errors."""
+def read_all(paths: Sequence[Path], named: Callable[[Path], str] = str
+             ) -> tuple[list[Run], list[str], list[str]]:
+    """Return the runs of all logs that paths name, notes on what was dropped, and errors.
+
+    named: how notes call a log.
+    """
     runs, notes, errors = list[Run](), list[str](), list[str]()
     known: dict[tuple, list[Run]] = {}
-    for path in paths:
+
+    def tried(function: Callable[[Path], Found], path: Path) -> Found | None:
         try:
-            found = find_logs(path)
+            return function(path)
         except LogError as error:
             errors.append(str(error))
-            continue
-        for log in found:
-            try:
-                run = read_run(log)
-            except LogError as error:
-                errors.append(str(error))
+            return None
+
+    for path in paths:
+        for log in tried(find_logs, path) or ():
+            run = tried(read_run, log)
+            if run is None:
                 continue
             alike = known.setdefault((run.seed, run.steps, run.sizes), [])
             if first := next((other for other in alike if same_run(run, other)), None):
-                notes.append(f"{log}: the same run as {first.path}; dropped")
+                notes.append(f"{named(log)}: the same run as {named(first.path)}; dropped")
             else:
                 runs.append(run)
                 alike.append(run)
     return runs, notes, errors
 
 
-def read_group(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def read_group(paths: Sequence[Path], named: Callable[[Path], str] = str
+               ) -> tuple[list[Run], list[str]]:
     """Return the runs of all logs that paths name, and notes; raises LogError on any error."""
-    runs, notes, errors = read_all(paths)
+    runs, notes, errors = read_all(paths, named)
     if errors:
         raise LogError(errors[0])
     return runs, notes
+
+
+def read_pair(new: Sequence[Path], old: Sequence[Path], named: Callable[[Path], str] = str
+              ) -> tuple[list[Run], list[Run], list[str]]:
+    """Return the runs of two groups, and notes, also on runs that stand in both."""
+    (ours, notes), (theirs, more) = read_group(new, named), read_group(old, named)
+    both = [f"{named(run.path)}: the same run as {named(other.path)} of the other group"
+            for run in theirs for other in ours if same_run(run, other)]
+    return ours, theirs, [*notes, *more, *both]
 
 
 def same_run(a: Run, b: Run) -> bool:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compare import analyse, differing_settings, rewrite, ruling, score_words
+from compare import analyse, check_names, differing_settings, rewrite, ruling, score_words
 from figures import COLOURS, MOST_NAMED, X_AXES, Y_AXES, thinned
-from logs import LogError, Run
-from read import columns_of, final_name, read_group, rows_of
-from summary import measures, names_of, verdicts
+from logs import LogError, Run, counterpart
+from product import REPOSITORY, script
+from read import columns_of, final_name, read_group, read_pair, rows_of
+from summary import EARLY, measures, names_of, short_path, verdicts
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 OUT = Path("report.html")
@@ -29,6 +32,7 @@ PARTS = (("training", "train_seconds"), ("calibration", "calibration_seconds"),
          ("evaluation", "evaluation_seconds"))  # where a log keeps no ledger
 SMALLEST_PART = 0.005  # share of a run's time or of an artifact below which nothing is drawn
 PROMPTS = ("", "The ")
+SAMPLED = dict[str, Any](number=2, tokens=64, temperature=0.8, seed=0)  # of each prompt
 __all__ = ["add_arguments", "rewrite", "run"]  # `rewrite`: -- is short for --against, as in compare
 
 
@@ -77,7 +81,7 @@ def charts(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
             for line in lines if (points := curve(line["run"], title)))
         if any(len(c["points"]) > 1 for c in curves):
             found.append(dict(title=title, marked=marked, curves=curves))
-    return dict(axes=list(X_AXES), charts=found)
+    return dict(axes=list(X_AXES), charts=found, early=EARLY)
 
 
 def time_bars(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -103,18 +107,22 @@ def time_bars(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, Any]]
 def find_artifact(runs: Sequence[Run]) -> Path | None:
     """Return the first artifact that lies beside a run, or None."""
     for run in runs:
-        folder = run.path.parent
-        for place in (folder, folder.parent / "runs" / run.path.stem):
-            if (path := place / "final_model.int6.ptz").is_file():
+        for place in (run.path.parent, counterpart(run.path)):
+            if (path := place / script().KINDS["artifact"][0]).is_file():
                 return path
     return None
 
 
-def tensor_rows(path: Path) -> dict[str, Any]:
+def opened(path: Path) -> Any:
+    """Return the Artifact of a file."""
+    from artifact import open_artifact  # as below: needs torch
+    return open_artifact(path)
+
+
+def tensor_rows(artifact: Any) -> dict[str, Any]:
     """Return an artifact's bytes by kind of tensor, largest first, and tensor by tensor."""
-    from artifact import open_artifact
     from inspect_artifact import merged, stored_in
-    stored, size = stored_in(open_artifact(path)), path.stat().st_size
+    stored, size = stored_in(artifact), artifact.path.stat().st_size
     kinds: dict[str, list] = {}
     for tensor in stored:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", tensor.name), []).append(tensor)
@@ -125,24 +133,28 @@ def tensor_rows(path: Path) -> dict[str, Any]:
                     bytes=tensor.bytes, share=tensor.bytes / size, bits=tensor.bits)
 
     grouped = sorted((row(tensor, count) for tensor, count in groups), key=lambda r: -r["bytes"])
-    return dict(path=short_path(path), bytes=size, groups=grouped,
+    return dict(path=short_path(artifact.path), bytes=size, groups=grouped,
                 tensors=[row(tensor, 1) for tensor in stored])
 
 
-def written_texts(path: Path) -> list[dict[str, str]]:
+def written_texts(artifact: Any) -> list[dict[str, str]]:
     """Return what a model writes behind each of PROMPTS."""
-    from artifact import find_tokenizer, open_artifact
+    from artifact import find_tokenizer
     from sample import samples
-    artifact = open_artifact(path)
     tokenizer = find_tokenizer(artifact, None)
     return [dict(prompt=prompt, text=text) for prompt in PROMPTS
-            for text in samples(artifact, tokenizer, prompt, number=2, tokens=64, temperature=0.8,
-                                seed=0)]
+            for text in samples(artifact, tokenizer, prompt, **SAMPLED)]
 
 
 def settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
-    """Return the settings that differ: between two groups, else from the script's defaults."""
-    members = list(groups.values())
+    """Return the settings that differ: between two groups, else from the script's defaults.
+
+    Of places on a machine only the names are compared, as only they are shown.
+    """
+    from pack import differences, placeless
+    members = [[replace(run, config={name: placeless(name, value)
+                                     for name, value in run.config.items()}) for run in runs]
+               for runs in groups.values()]
     if len(members) > 1:
         pairs = differing_settings(*members[:2])
         return dict(titles=list(groups), rows=[(name, *pair) for name, pair in pairs.items()])
@@ -150,7 +162,6 @@ def settings_table(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     between = differing_settings(runs, runs)
     rows = [(name, pair[0], "") for name, pair in between.items()]
     if all(run.system == "ours" and run.config for run in runs):
-        from pack import differences
         from record import base_settings
         changed = differences(runs[0], base_settings(""))
         rows += [(name, *pair) for name, pair in changed.items() if name not in between]
@@ -181,15 +192,36 @@ def command_of(run: Run) -> str | None:
     return command(run) if run.system == "ours" and run.config else None
 
 
-def tried(function: Any, path: Path | None, notes: list[str]) -> Any:
-    """Return function(path), or None with a note of why not."""
-    if path is None:
+def tried(function: Callable[[Any], Any], value: Any, notes: list[str], lost: str = "") -> Any:
+    """Return function(value), or None with a note of why not. lost: what the page lacks then."""
+    if value is None:
         return None
     try:
-        return function(path)
+        return function(value)
     except (ValueError, OSError, RuntimeError) as error:
-        notes.append(str(error))
+        notes.append(lost + "; ".join(str(error).splitlines()))
         return None
+
+
+def without_places(runs: Sequence[Run], more: Iterable[Path]) -> Callable[[str], str]:
+    """Return what leaves of each path in a text its last two names.
+
+    Paths end at a space, but for quoted ones and those that are known: of the runs, of their
+    settings, and `more`.
+    """
+    values = [value for run in runs for value in run.config.values() if value[:1] == "/"]
+    given = [os.environ[name] for name in ("TOKENIZER_PATH", "DATA_PATH") if os.environ.get(name)]
+    paths = [*(run.path for run in runs), *map(Path, [*values, *given]), *more,
+             REPOSITORY, Path.cwd(), Path.home()]
+    known = {str(path) for path in paths if len(path.parts) > 2}
+    for path in map(Path.absolute, paths):
+        known |= {str(place) for place in (path, *path.parents) if place.name}
+    longest = sorted(known, key=len, reverse=True)
+    name = r"[^\s/:;,'\"()]+"
+    pattern = re.compile(
+        rf"(?<=')/[^']+(?=')|(?<![\w.~/-])(?:(?:{'|'.join(map(re.escape, longest))})"
+        rf"(?![\w-]|\.\w)|/{name})(?:/{name})*")
+    return lambda text: pattern.sub(lambda found: short_path(Path(found[0])), text)
 
 
 def contents(groups: Mapping[str, Sequence[Run]], notes: Sequence[str], artifact: Path | None,
@@ -206,18 +238,24 @@ def contents(groups: Mapping[str, Sequence[Run]], notes: Sequence[str], artifact
             titles, columns = ([*cells[-2:], *cells[:-2]] for cells in (titles, columns))
         tables.append(dict(name=group, titles=titles, columns=columns, heads=heads,
                            verdicts=[v._asdict() for v in verdicts(members)]))
-    about = [dict(name=name, path=short_path(run.path), final=final_name(run), notes=run.notes,
-                  complete=run.complete, missing=run.missing, warnings=run.warnings)
+    plain = without_places(runs, [artifact] if artifact else [])
+    about = [dict(name=name, path=short_path(run.path), final=final_name(run),
+                  notes=[plain(text) for text in run.notes], complete=run.complete,
+                  missing=run.missing, warnings=[plain(text) for text in run.warnings])
              for name, run in zip(names, runs)]
+    model = tried(opened, artifact, notes)
+    tensors = tried(tensor_rows, model, notes)
+    texts = tried(written_texts, model if with_samples else None, notes)
+    command = tried(command_of, runs[0], notes, "no command: ")
+    told = [(outcome, plain(text)) for outcome, text in comparison(groups)]
     bars = time_bars(runs, names)
     spans = {part["name"]: part for bar in bars for part in bar["parts"]}
     finals = [bpb for run in runs if (bpb := measures(run)["final_bpb"]) is not None]
     return dict(
         groups=tables, several=len(groups) > 1, about=about, charts=charts(groups),
-        bars=bars, spans=list(spans.values()), tensors=tried(tensor_rows, artifact, notes),
-        texts=tried(written_texts, artifact if with_samples else None, notes),
-        settings=settings_table(groups), comparison=comparison(groups),
-        command=command_of(runs[0]), notes=notes, number=len(runs),
+        bars=bars, spans=list(spans.values()), tensors=tensors, texts=texts, sampled=SAMPLED,
+        settings=settings_table(groups), comparison=told, command=command,
+        notes=[plain(note) for note in dict.fromkeys(notes)], number=len(runs),
         mean=statistics.fmean(finals) if len(groups) == 1 and len(finals) == len(runs) else None)
 
 
@@ -250,23 +288,23 @@ def write_page(groups: Mapping[str, Sequence[Run]], out: Path, title: str = "",
     return out
 
 
-def short_path(path: Path) -> str:
-    """Return a path's last two names: the rest is its owner's machine."""
-    return "/".join(path.absolute().parts[-2:])
-
-
 def by_seed(run: Run) -> tuple[bool, int]:
     return run.seed is None, run.seed or 0
 
 
 def run(args: argparse.Namespace) -> int:
-    new, notes = read_group(args.runs)
-    new.sort(key=by_seed)
-    groups = {args.names[0] if args.against else "runs": new}
+    if args.artifact and not args.artifact.is_file():
+        raise LogError(f"--artifact {args.artifact}: no such file; give a run's "
+                       f"{script().KINDS['artifact'][0]}")
+    if args.out.is_dir():
+        raise LogError(f"--out {args.out}: is a folder; give a file, such as {args.out / OUT}")
+    check_names(args.names)
     if args.against:
-        old, more = read_group(args.against)
-        groups[args.names[1]] = sorted(old, key=by_seed)
-        notes += more
+        new, old, notes = read_pair(args.runs, args.against, short_path)
+        groups = {args.names[0]: sorted(new, key=by_seed), args.names[1]: sorted(old, key=by_seed)}
+    else:
+        new, notes = read_group(args.runs, short_path)
+        groups = {"runs": sorted(new, key=by_seed)}
     words = ["records.py", "report", *map(short_path, args.runs)]
     words += ["--", *map(short_path, args.against)] if args.against else []
     out = write_page(groups, args.out, args.title, notes, args.artifact, not args.no_samples,

@@ -22,7 +22,9 @@ from artifact import Artifact, find_tokenizer, open_artifact
 from logs import LogError
 from product import script
 
-MOST_TOKENS = 2000
+MOST_TOKENS, MOST_TEXTS = 2000, 64
+LEAST_TEMPERATURE = 1e-6  # below it logits overflow; 0 is told apart
+SEEDS = (-2 ** 63, 2 ** 64 - MOST_TEXTS)  # what torch takes; each text has the next one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,10 +124,17 @@ def samples(artifact: Artifact, tokenizer: Path, prompt: str = "", **how: Any) -
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, low, high in (("tokens", 1, MOST_TOKENS), ("number", 1, 64),
-                            ("temperature", 0, 100)):
+    for name, low, high in (("tokens", 1, MOST_TOKENS), ("number", 1, MOST_TEXTS),
+                            ("temperature", 0, 100), ("seed", *SEEDS)):
         if not low <= (value := getattr(args, name)) <= high or not math.isfinite(value):
             raise LogError(f"--{name} {value}: must be from {low} to {high}")
+    if 0 < args.temperature < LEAST_TEMPERATURE:
+        raise LogError(f"--temperature {args.temperature}: must be 0 or at least "
+                       f"{LEAST_TEMPERATURE}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise LogError(f"--prompt {args.prompt!a}: is no UTF-8 text") from None
     since, artifact = time.perf_counter(), open_artifact(args.artifact)
     tokenizer = find_tokenizer(artifact, args.tokenizer)
     texts = list(samples(artifact, tokenizer, args.prompt, number=args.number, tokens=args.tokens,

@@ -3,8 +3,10 @@
 Everything here is computed from `logs.Run`; what a log does not state stays None.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from logs import CAP_BYTES, SCORE_KINDS, Run
@@ -12,6 +14,7 @@ from product import script
 
 FIRST_STEPS = 10  # logs print the first steps one by one; speeds are taken from behind them
 MIN_SEEDS = 3
+EARLY = 0.05  # share of a run in which the loss falls so much that nothing else is seen
 
 
 class Speeds(NamedTuple):
@@ -45,6 +48,15 @@ MEASURES = (
     ("total_bytes", "total, bytes", ",d"), ("margin_bytes", "margin to the cap, bytes", ",d"),
     ("train_seconds", "training, s", ",.3f"), ("calibration_seconds", "calibration, s", ",.3f"),
     ("evaluation_seconds", "evaluation, s", ",.3f"), ("peak_memory_mib", "peak memory, MiB", ",d"))
+
+
+def setting(run: Run, name: str, default: float = 0.0) -> float:
+    """Return a setting as a number; the default where it is none, or not logged."""
+    try:
+        value = float(run.config.get(name, ""))
+    except ValueError:
+        return default
+    return value if math.isfinite(value) else default
 
 
 def time_points(run: Run) -> list[tuple[int, float]]:
@@ -123,6 +135,11 @@ def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | 
     if not known or len(known) < len(values):
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
+
+
+def short_path(path: Path) -> str:
+    """Return a path's last two names: the rest is its owner's machine."""
+    return "/".join(path.absolute().parts[1:][-2:])
 
 
 def name_of(run: Run) -> str:

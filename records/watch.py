@@ -17,17 +17,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logs import LogError, Run, find_log, known, read_run
-from summary import name_of, speeds, time_points
+from logs import LogError, NoSuchLog, Run, find_log, known, read_run
+from summary import EARLY, name_of, setting, speeds, time_points
 
 CURVE_ROWS, BAR_CHARACTERS, MARGIN = 10, 30, 9
-EARLY = 0.05  # share of the steps in which the loss falls so much that nothing else is seen
+LONGEST = 10_000_000  # s; what a machine can still be told to sleep
 PUBLISHED_QUIET = 60.0  # s; a published log has no last line: silence behind its score ends it
-# What a run does, in order: what it is called, and the event (or score) that shows it done.
-STAGES = (("warm-up", "warmup_step"), ("training", "weights"), ("calibration", "collected"),
-          ("the score before packing", "prequant"), ("quantisation", "quantized"),
-          ("packing", "artifact"), ("the round-trip score", "roundtrip"),
-          ("the sliding score", "sliding"), ("the result", "result"))
+# What a run does, in order: what it is called, the event (or score) that shows it done, the STAGE
+# that it belongs to ("": any), and the setting that asks for it: name, value, and whether it is
+# asked for where the log does not say.
+STAGES = (("warm-up", "warmup_step", "train", None), ("training", "weights", "train", None),
+          ("calibration", "collected", "train", ("gptq_enabled", "1", True)),
+          ("the score before packing", "prequant", "train", None),
+          ("the sliding score before packing", "prequant_sliding", "train",
+           ("prequant_sliding", "1", False)),
+          ("quantisation", "quantized", "quantize", None),
+          ("packing", "artifact", "quantize", None),
+          ("the round-trip score", "roundtrip", "evaluate", None),
+          ("the sliding score", "sliding", "evaluate", ("sliding_window_enabled", "1", True)),
+          ("the stream score", "stream", "evaluate", ("eval_mode", "stream", False)),
+          ("the result", "result", "", None))
 TRAINED = 1  # index in STAGES
 
 
@@ -47,14 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="how often to look")
     parser.add_argument("--patience", type=float, default=900.0, metavar="SECONDS",
                         help="how long nothing may happen")
-
-
-def setting(run: Run, name: str) -> float:
-    """Return a setting as a number; 0.0 where it is none."""
-    try:
-        return float(run.config.get(name, ""))
-    except ValueError:
-        return 0.0
 
 
 def progress(run: Run) -> Progress:
@@ -81,17 +82,30 @@ def progress(run: Run) -> Progress:
 
 def stage_of(run: Run) -> int:
     """Return the index in STAGES of what the run is doing."""
-    done = [i for i, (_, kind) in enumerate(STAGES) if kind in run.events or kind in run.scores]
+    done = [i for i, (_, kind, *_) in enumerate(STAGES)
+            if kind in run.events or kind in run.scores]
     if run.steps is not None or run.train:
         done.append(TRAINED if run.steps is not None else TRAINED - 1)
-    return min(max(done, default=-1) + 1, len(STAGES) - 1)
+    return stage_behind(run, max(done, default=-1)) or len(STAGES) - 1
+
+
+def stage_behind(run: Run, stage: int) -> int | None:
+    """Return the index of the next stage that the run's settings ask for; None behind the last."""
+    whole = run.config.get("stage", "all")
+    for i, (_, _, part, asked) in enumerate(STAGES[stage + 1:], stage + 1):
+        name, value, usual = asked or ("", "", True)
+        here = run.config[name] == value if name in run.config else usual
+        if here and (part in ("", whole) or whole == "all"):
+            return i
+    return None
 
 
 def next_events(run: Run, at: Progress) -> list[str]:
     """Return what comes next, each with the time until then where the pace gives it."""
     stage = stage_of(run)
     if stage != TRAINED:
-        return [f"then {STAGES[stage + 1][0]}"] if stage + 1 < len(STAGES) else []
+        behind = stage_behind(run, stage)
+        return [] if behind is None else [f"then {STAGES[behind][0]}"]
     coming = []
     every, share = setting(run, "val_loss_every"), setting(run, "recur_start_frac")
     if every:
@@ -182,23 +196,33 @@ def page(run: Run, width: int, dot: str) -> str:
     return "\n".join(line[:width] for line in lines)
 
 
-def end_of(run: Run | None, silent: float, patience: float) -> tuple[int, str] | None:
-    """Return exit code and reason when there is nothing more to watch."""
-    if run and run.complete and (run.system == "ours" or silent >= PUBLISHED_QUIET):
+def end_of(run: Run | None, silent: float, patience: float, fault: str = ""
+           ) -> tuple[int, str] | None:
+    """Return exit code and reason when there is nothing more to watch.
+
+    fault: why the log cannot be read at present.
+    """
+    quiet = silent >= min(PUBLISHED_QUIET, patience)
+    if run and run.complete and (run.system == "ours" or quiet):
         return 0, "the run is finished"
+    if run and "crash" in run.events and quiet:  # what goes on behind a traceback has caught it
+        return 1, "the run ended: in a Python error, whose traceback is in the log"
     if run and (stopped := {"failed", "interrupted"} & run.events.keys()):
         event = run.events[stopped.pop()]
         return 1, f"the run ended: {event.get('error') or 'it was stopped'}"
     if silent >= patience:
-        return 1, f"nothing has happened for {clock_text(silent)}"
+        return 1, f"nothing has happened for {clock_text(silent)}" + (fault and f": {fault}")
     return None
 
 
 def watch(path: Path, every: float, patience: float, show: Callable[[Run | None], None],
           clock: Callable[[], float] = time.monotonic,
           sleep: Callable[[float], None] = time.sleep) -> tuple[int, str]:
-    """Show a run whenever its log grows, until it ends; returns exit code and reason."""
-    since, size, run = clock(), -1, None
+    """Show a run whenever its log grows, until it ends; returns exit code and reason.
+
+    Raises LogError where waiting will bring no log.
+    """
+    since, size, run, fault = clock(), -1, None, ""
     while True:
         try:
             log = find_log(path)
@@ -206,18 +230,22 @@ def watch(path: Path, every: float, patience: float, show: Callable[[Run | None]
             if now != size:
                 run, size, since = read_run(log), now, clock()
                 show(run)
-        except (LogError, OSError):  # not there yet, or still empty
-            if size < 0:
+            fault = ""
+        except (LogError, OSError) as error:  # not there yet, or still empty
+            if run is None and isinstance(error, NoSuchLog):
+                raise
+            fault = str(error)
+            if run is None:
                 show(None)
-                size = -2 if size == -1 else size
-        if end := end_of(run, clock() - since, patience):
+        if end := end_of(run, clock() - since, patience, fault):
             return end
         sleep(every)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.every <= 0 or args.patience <= 0:
-        raise LogError("--every and --patience are seconds: give numbers above 0")
+    for name in ("every", "patience"):
+        if not 0 < (value := getattr(args, name)) <= LONGEST:
+            raise LogError(f"--{name} {value}: seconds, must be above 0 and at most {LONGEST:,}")
     on_terminal, dot, said = sys.stdout.isatty(), "*", ""
     try:
         "\u2022".encode(sys.stdout.encoding or "ascii")

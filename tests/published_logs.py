@@ -61,6 +61,13 @@ def tail(facts, bpb, ms):
     return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{ms:.0f}ms"
 
 
+def minute_line(facts, step):
+    """Return a step's line of the systems that print their clock in minutes."""
+    ms = facts.ms(step)
+    return f"{step}/20000 train_loss: {facts.loss(step):.4f} train_time: {ms / 60000:.1f}m " \
+           f"tok/s: {step * BATCH_TOKENS / ms * 1000:.0f}"
+
+
 SOURCE = 'import os\nprint("final_int6_roundtrip val_loss:{loss:.8f}")\n'
 
 
@@ -77,9 +84,7 @@ def family_1471(facts):
     lines += [f"warmup_step: {i}/20" for i in (1, 2, 3, 4, 5, 6, 10, 20)]
     lines.append("0/20000 val_loss: 9.0109 val_bpb: 3.4880")
     for step in logged_steps(facts, 5, 500):
-        ms = facts.ms(step)
-        lines.append(f"{step}/20000 train_loss: {facts.loss(step):.4f} train_time: "
-                     f"{ms / 60000:.1f}m tok/s: {step * BATCH_TOKENS / ms * 1000:.0f}")
+        lines.append(minute_line(facts, step))
         if step == facts.switch:
             lines.append(f"recurrence:activated at step {step}, virtual_layers=[0, 1, 2, 3, 4, 5, "
                          "3, 4, 5, 6, 7, 8, 9, 10]")
@@ -251,9 +256,7 @@ def phased_ttt(facts):
              *(f"loop_warmup_step: {i}/20" for i in (1, 2, 3, 20)),
              "0/20000 val_loss: 9.0047 val_bpb: 3.4859"]
     for step in logged_steps(facts, 5, 500):
-        ms = facts.ms(step)
-        lines.append(f"{step}/20000 train_loss: {facts.loss(step):.4f} train_time: "
-                     f"{ms / 60000:.1f}m tok/s: {step * BATCH_TOKENS / ms * 1000:.0f}")
+        lines.append(minute_line(facts, step))
         if step == facts.switch:
             lines.append(f"layer_loop:enabled step:{step} frac:0.350 encoder:[0, 1, 2, 3, 4, 5, 3, "
                          "4] decoder:[5, 3, 4, 5, 6, 7, 8, 9, 10]")

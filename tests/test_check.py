@@ -194,6 +194,25 @@ def test_significance_is_judged_against_the_base(record, gain, outcome):
     assert verdicts(record)[rule].outcome == outcome
 
 
+@pytest.mark.parametrize("base", [
+    {"name": "x"}, {"name": "x", "val_loss": 1, "val_bpb": 2},
+    {"name": "x", "val_loss": [], "val_bpb": []}])
+def test_a_base_in_another_form_is_told(record, base):
+    path = record / "submission.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), base=base)))
+    found = verdicts(record)
+    rule = found["lower by 0.005 nats at p < 0.01"]
+    assert rule.outcome == "n/a" and "does not obey schema.json" in rule.reason
+    assert found["submission.json"].outcome == "fail"
+
+
+@pytest.mark.parametrize("seeds_stated", [[[1], [2], [3]], ["1", "2", "3"], {"1": 1}])
+def test_seeds_in_another_form_are_told(record, seeds_stated):
+    path = record / "submission.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), seeds=seeds_stated)))
+    assert verdicts(record)["submission.json = logs"].outcome == "fail"
+
+
 @pytest.mark.parametrize("text, fault", [
     ("match 1:\n  case 1: pass", None), ("def f[T](x): pass", "generic"),
     ("try: pass\nexcept* ValueError: pass", "3.11"), ("x = f'{a[\"b\"]}'", None),
@@ -289,6 +308,59 @@ def test_both_ways_of_counting_code_are_named(tmp_path):
     cap = found["code + artifact <= 16,000,000 bytes"]
     assert cap.outcome == "n/a" and "as logged" in cap.reason and "as it lies here" in cap.reason
     assert "13 bytes by the logs, 150,013 as train_gpt.py" in found["sizes"].reason
+
+
+EXTRA = "no other file runs"
+
+
+@pytest.mark.parametrize("name, data", [
+    ("helper.py", b"x = 1"), ("more/deep/fast.cpython-312-x86_64-linux-gnu.so", b"x"),
+    ("__pycache__/helper.cpython-311.pyc", b"x"), ("run", b"#!/bin/sh"), ("payload", b"\x7fELF..")])
+def test_another_file_that_could_run_is_a_fault(record, name, data):
+    assert verdicts(record)[EXTRA].outcome == "pass"
+    path = record / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    found = verdicts(record)[EXTRA]
+    assert found.outcome == "fail" and f"{name}: {len(data)} bytes that could run" in found.reason
+
+
+def test_what_others_lay_beside_their_script_is_a_fault_where_it_is_used(tmp_path):
+    folder = others_record(tmp_path)
+    (folder / "helper.py").write_text("x = 1")
+    found = verdicts(folder)[EXTRA]
+    assert found.outcome == "n/a" and "helper.py: 5 bytes" in found.reason
+    (folder / "train_gpt.py").write_text('"""Was helper.py."""\nprint("another_helper.py")\n')
+    assert verdicts(folder)[EXTRA].outcome == "n/a"
+    (folder / "train_gpt.py").write_text('exec(open(f"{HERE}/helper.py").read())\n')
+    found = verdicts(folder)[EXTRA]
+    assert found.outcome == "fail" and "which train_gpt.py names" in found.reason
+
+
+def test_a_binary_module_beside_the_script_is_a_sibling(record):
+    (record / "fast.cpython-312-x86_64-linux-gnu.so").write_bytes(b"x")
+    (record / "train_gpt.py").write_text("try:\n import fast\nexcept ImportError: fast = None\n")
+    found = verdicts(record)["imports nothing beside it"]
+    assert found.outcome == "fail" and "imports fast, which lies beside" in found.reason
+
+
+def test_a_script_of_others_is_never_started(tmp_path, monkeypatch):
+    record = others_record(tmp_path)
+    artifact = tmp_path / "final_model.int6.ptz"
+    artifact.write_bytes(bytes(15_898_181))  # as large as the logs say
+    monkeypatch.setattr(check, "run_evaluation", lambda *_: pytest.fail("it was started"))
+    found = check.judgements(check.load(record), [artifact])
+    (verdict,) = [v for v in found if v.rule.endswith("scores the same")]
+    assert verdict.outcome == "n/a" and "others" in verdict.reason
+
+
+def test_a_wrong_total_is_one_fault(tmp_path):
+    record = others_record(tmp_path)
+    edit(log(record, 42), "quantized+brotli: 15898194", "quantized+brotli: 15898195")
+    fails = {rule: v.reason for rule, v in verdicts(record).items() if v.outcome == "fail"}
+    told = [rule for rule, reason in fails.items() if "15898195" in reason]
+    assert told == ["sizes"]
+    assert "every seed complete" not in fails
 
 
 def test_logs_under_other_names_and_without_an_end_are_read_for_what_they_are(tmp_path):

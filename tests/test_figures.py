@@ -2,6 +2,7 @@
 
 import json
 
+import compare
 import figures
 import matplotlib
 import pytest
@@ -126,6 +127,25 @@ def test_panels_without_numbers_are_left_out(tmp_path, drawn):
     run = logs.read_run(write(tmp_path / "train.log", lines))
     figures.draw_comparison({"one": [run]}, tmp_path / "figure")  # no tokens; hardly a time
     assert "tokens" not in {axes.get_xlabel() for axes in drawn[0].axes}
+    check(drawn[0])
+
+
+def test_the_scores_drawn_are_those_that_were_compared(tmp_path, drawn):
+    lines = [line.replace("final_int6_roundtrip", "final_storage") for line in family_1471(Facts())
+             if "sliding_window val" not in line]
+    runs = [logs.read_run(write(tmp_path / f"{i}.log", lines)) for i in range(2)]
+    kind = compare.common_kind(runs)
+    assert kind == "other"  # which no order of stages holds
+    figures.draw_comparison({"one": runs}, tmp_path / "figure")
+    assert figures.SCORE_NAMES[kind] in drawn[0].axes[-1].get_title(loc="left")
+    check(drawn[0])
+
+
+@pytest.mark.parametrize("value", ["None", "auto", "nan", "inf"])
+def test_a_setting_that_is_no_number_spoils_no_figure(value, tmp_path, drawn):
+    run = logs.read_run(write(tmp_path / "train.log", family_1471(Facts())))
+    run.config.update(matrix_lr=value, grad_clip_norm=value)
+    figures.draw_run(run, tmp_path / "figure")
     check(drawn[0])
 
 

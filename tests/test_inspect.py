@@ -12,6 +12,7 @@ pytest.importorskip("scipy")
 import inspect_artifact  # noqa: E402
 
 import records  # noqa: E402
+import train_gpt  # noqa: E402
 from train_gpt import (  # noqa: E402
     class_counts,
     counted_bytes,
@@ -118,6 +119,29 @@ def test_bars_share_out_the_whole(values):
 def test_error_is_relative_to_the_weights():
     assert inspect_artifact.relative_error(torch.tensor([3.0, 0]), torch.tensor([0.0, 4])) == 1.25
     assert inspect_artifact.relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_weights_that_are_none_or_of_another_model_are_one_line(artifact, tmp_path, capsys,
+                                                                monkeypatch):
+    for path in (tmp_path, tmp_path / "none"):
+        assert records.main(["inspect", str(artifact), "--weights", str(path)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f"--weights {path}: no such file; give a run's final_model.weights" in message
+    read = train_gpt.read_tensors
+
+    def wider(path, kind):
+        header, tensors = read(path, kind)
+        tensors["tok_emb.weight"] = tensors["tok_emb.weight"][:1]  # would be broadcast
+        return header, tensors
+
+    opened = inspect_artifact.open_artifact(artifact)
+    monkeypatch.setattr(inspect_artifact, "open_artifact", lambda _: opened)
+    monkeypatch.setattr(train_gpt, "read_tensors", wider)
+    assert records.main(["inspect", str(artifact)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "weights of another model: tok_emb.weight is (1, " in message
 
 
 def test_what_is_no_artifact_is_one_line(tiny_run, tmp_path, capsys):

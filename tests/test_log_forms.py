@@ -13,8 +13,8 @@ import records
 import logs  # isort: skip  (a folder logs/, which runs leave, would change its place)
 
 SCORE = dict(val_loss=2.8, val_bpb=1.0834)
-# Every form that 20 or more of the counted logs hold, and some rarer ones: a line of it and its
-# reading, where None says that the line tells no figure of the run.
+# A line of each form that is read, and its reading, where None says that the line tells no figure
+# of the run.
 LINES = {
     "peak memory allocated: 10184 MiB reserved: 10588 MiB":
         ("peak_memory", {"allocated_mib": 10184}),

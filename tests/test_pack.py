@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("python_minifier")
 jsonschema = pytest.importorskip("jsonschema")
+import pack as pack_module  # noqa: E402
 import record as record_module  # noqa: E402
 from conftest import REPO, read_events  # noqa: E402
 from record_toys import QUICK, SEEDS, Seeds, edit, finished_seeds, made_record, pack  # noqa: E402
@@ -127,6 +128,23 @@ def test_refuses_one_seed_twice_and_missing_files(spoilt, capsys):
     assert "no such file" in refused(spoilt._replace(script=spoilt.folder / "x.py"), capsys)
     assert "--base nonsense" in refused(spoilt, capsys, "--base", "nonsense")
     assert "--name ../x" in refused(spoilt, capsys, "--name", "../x")
+
+
+def test_a_run_is_found_from_inside_its_folder_and_by_both_halves(seeds, monkeypatch):
+    wanted = pack_module.find_source(seeds.folder / "runs" / "seed1")
+    assert wanted.events == seeds.folder / "runs" / "seed1" / "events.jsonl"
+    assert pack_module.find_source(wanted.text)[:2] == wanted[:2]
+    monkeypatch.chdir(seeds.folder / "runs")
+    assert pack_module.find_source(Path("seed1")).text == wanted.text
+
+
+@pytest.mark.parametrize("name, value, shown", [
+    ("data_path", "/a/b c/d", "path/to/d"), ("input_path", "/a/b", "path/to/b"),
+    ("preset", "demo,/a/b.env", "demo,path/to/b.env"), ("data_dir", "./data/", "./data/"),
+    ("matrix_lr", "0.02", "0.02")])
+def test_of_a_place_on_some_machine_only_the_name_is_told(name, value, shown):
+    assert pack_module.placeless(name, value) == shown
+    assert pack_module.typed(name, value) == f"{name.upper()}={shlex.quote(shown)}"
 
 
 def test_never_overwrites_a_record(seeds, record, capsys):

@@ -153,6 +153,21 @@ def test_the_same_run_twice_counts_once_and_is_told(tmp_path, tiny_run, capsys):
     assert "dropped" in call(capsys, "compare", *paths, paths[0], "--", *paths[:2])[1]
 
 
+def test_a_run_of_both_groups_is_told(tmp_path, capsys):
+    paths = three_logs(tmp_path)
+    page = call(capsys, "compare", *paths, "--", *paths[:2])[1]
+    assert page.count("of the other group") == 2
+
+
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+@pytest.mark.parametrize("name", ["a.log", "events.jsonl"])
+def test_a_file_of_a_byte_order_mark_alone_is_empty(mark, name, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_bytes(mark)
+    code, _, err = call(capsys, "read", path)
+    assert code == 2 and f"{path}: empty" in err and err.count("\n") == 1
+
+
 def test_logs_are_found_where_people_put_them(tmp_path, capsys):
     for name in ("a/logs/x.txt", "b/train.log", "c/train_seed1.log"):
         path = tmp_path / name
@@ -295,7 +310,8 @@ def test_every_command_is_listed(capsys):
 
 @pytest.mark.parametrize("argv, said", [
     (["reed"], "unknown command 'reed'"), (["read", "nothing.log"], "nothing.log: no such file"),
-    (["plot", "nothing.log"], "nothing.log: no such file")])
+    (["plot", "nothing.log"], "nothing.log: no such file"),
+    (["compare", "a", "--", "b", "--names", "x", "x"], "--names x x: give two different names")])
 def test_mistakes_end_in_one_line(argv, said, capsys):
     code, out, err = call(capsys, *argv)
     assert code == 2 and out == "" and err.count("\n") == 1 and said in err

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import read
+import report
 from published_logs import Facts, family_1471, phased_ttt, write
 
 import records
@@ -105,6 +106,82 @@ def test_an_artifact_that_cannot_be_read_is_a_note(tmp_path, capsys):
     (path.parent / "final_model.int6.ptz").write_bytes(b"junk")
     text = page_of(tmp_path, capsys, path)
     assert "note: " in text and 'id="bytes"' not in text
+
+
+@pytest.fixture
+def placed(tiny_run, tmp_path):
+    """A copy of a run below a folder whose name must not leave the machine."""
+    folder = tmp_path / "my own place" / "runs" / "tiny"
+    shutil.copytree(tiny_run.folder, folder)
+    return folder
+
+
+def test_the_page_names_no_place_whatever_went_wrong(placed, tmp_path, capsys):
+    twin = tmp_path / "my own place" / "again" / "tiny"
+    shutil.copytree(placed, twin)
+    packed = placed / "final_model.int6.ptz"
+    packed.write_bytes(packed.read_bytes()[:-9])
+    text = page_of(tmp_path, capsys, placed, twin)
+    assert text.count("truncated or damaged") == 1  # one fault, one note
+    assert "note: tiny/events.jsonl: the same run as" in text
+    assert "my own place" not in text and tmp_path.name not in text
+    text = page_of(tmp_path, capsys, placed, "--", twin)
+    assert "of the other group" in text and "my own place" not in text
+
+
+def test_a_tokenizer_and_data_elsewhere_leave_no_place_either(placed, tmp_path, capsys):
+    far = f"{tmp_path}/my own place/x/y"
+    rows = [json.loads(line) for line in (placed / "events.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["event"] == "config":
+            row.update(data_path=f"{far}/data", tokenizer_path=f"{far}/t.model",
+                       input_path=f"{far}/weights")
+    rows.append(dict(event="failed", error=f"FileNotFoundError: '{far}/my file' of {far}/z"))
+    (placed / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page_of(tmp_path, capsys, placed)
+    assert "is none of: y/t.model" in text and "y/my file" in html.unescape(text)
+    assert "INPUT_PATH=path/to/weights" in text
+    assert "my own place" not in text and tmp_path.name not in text
+    other = shutil.copytree(placed, tmp_path / "my own place" / "runs" / "b")
+    edited = (other / "events.jsonl").read_text().replace(f"{far}/data", "/elsewhere/y/other")
+    (other / "events.jsonl").write_text(edited)
+    text = page_of(tmp_path, capsys, placed, "--", other, "--no-samples")
+    assert "path/to/other" in Page(text).cells and "elsewhere" not in text
+    assert "my own place" not in text and tmp_path.name not in text
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a/b: /x/y/z/w.txt: cut", "a/b: z/w.txt: cut"), ("8 tok/s, 1/20 of 3 / 4", None),
+    ("[Errno 2] No such file: '/x/y z/u v/w'", "[Errno 2] No such file: 'u v/w'"),
+    ("/one two/three/four.log.", "three/four.log."), ("(/one two/three/more/x)", "(more/x)"),
+    ("/one twofold/three/x", "one twofold/three/x"), ("at /x", "at x")])
+def test_of_each_path_in_a_text_two_names_are_left(text, shown, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plain = report.without_places([], [report.Path("/one two/three/four.log")])
+    assert plain(text) == (text if shown is None else shown)
+
+
+def test_a_preset_that_is_gone_costs_the_command_alone(placed, tmp_path, capsys):
+    text = (placed / "events.jsonl").read_text()
+    assert '"preset": ""' in text
+    (placed / "events.jsonl").write_text(
+        text.replace('"preset": ""', f'"preset": "{tmp_path}/my own place/x/gone.env"'))
+    text = page_of(tmp_path, capsys, placed, "--no-samples")
+    assert "note: no command: PRESET=" in text and "gone.env" in text and 'id="bytes"' in text
+    assert "my own place" not in text
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--artifact", "none"], "--artifact none: no such file"),
+    (["--artifact", "."], "--artifact .: no such file"),
+    (["--out", "."], "--out .: is a folder; give a file, such as report.html"),
+    (["--names", "x", "x"], "--names x x: give two different names")])
+def test_mistakes_are_one_line(more, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [str(path) for path in logs_of(tmp_path / "a", 2)]
+    assert records.main(["report", paths[0], *more, "--", paths[1]]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not (tmp_path / "report.html").exists()
 
 
 # -- in a browser ----------------------------------------------------------------------------------

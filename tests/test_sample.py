@@ -102,9 +102,33 @@ def test_export_is_read_back_as_the_artifacts_weights(artifact, tiny_data, capsy
     assert json.loads(meta["config"])["model_dim"] == opened.config.model_dim
     assert tuple(json.loads(meta["layer_order"])) == opened.model()[1].order
     assert meta["tokenizer"] == str(tiny_data.tokenizer)
+    assert "steps" not in meta  # an artifact's header does not say
     assert meta["tokenizer_sha256"] == opened.header["tokenizer_sha256"]
     code, _, err = call(capsys, "export", artifact, "--to", out)
     assert code == 2 and "exists" in err
+
+
+@pytest.mark.parametrize("seed", sample.SEEDS)
+def test_the_outermost_seeds_write(seed, artifact, capsys):
+    assert len(texts(capsys, artifact, "--seed", seed, "--number", "64", "--tokens", "1")) == 64
+
+
+def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(artifact, capsys, tmp_path,
+                                                                         monkeypatch):
+    torch_files = pytest.importorskip("safetensors.torch")
+    errors = pytest.importorskip("safetensors")
+    (tmp_path / "file").write_text("x")
+
+    def fill_up(weights, path, meta):
+        path.write_bytes(b"half")
+        raise errors.SafetensorError("No space left on device")
+
+    code, out, err = call(capsys, "export", artifact, "--to", tmp_path / "file" / "x.safetensors")
+    assert code == 2 and err.count("\n") == 1 and "cannot be written" in err
+    monkeypatch.setattr(torch_files, "save_file", fill_up)
+    code, out, err = call(capsys, "export", artifact, "--to", tmp_path / "x.safetensors")
+    assert code == 2 and err.count("\n") == 1 and "cannot be written (No space" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_mistakes_end_in_one_line_naming_the_remedy(artifact, capsys, tmp_path):
@@ -118,6 +142,10 @@ def test_mistakes_end_in_one_line_naming_the_remedy(artifact, capsys, tmp_path):
             (["sample", alone], "give --tokenizer"),
             (["sample", artifact, "--temperature", "-1"], "--temperature -1.0: must be from 0"),
             (["sample", artifact, "--tokens", "0"], "--tokens 0: must be from 1"),
+            (["sample", artifact, "--temperature", "1e-320"], "must be 0 or at least 1e-06"),
+            (["sample", artifact, "--temperature", "nan"], "--temperature nan: must be from 0"),
+            (["sample", artifact, "--seed", str(2 ** 64)], "must be from -9223372036854775808"),
+            (["sample", artifact, "--prompt", "\udcff"], "--prompt '\\udcff': is no UTF-8 text"),
             (["export", artifact, "--to", tmp_path / "x.bin"], "must end in .safetensors")):
         code, _, err = call(capsys, *argv)
         assert code == 2 and err.count("\n") == 1 and said in err, argv

@@ -110,6 +110,68 @@ def test_a_published_log_is_finished_when_nothing_follows_its_score(tmp_path):
     assert code == 0 and seconds == watch.PUBLISHED_QUIET
 
 
+@pytest.mark.parametrize("patience", [20.0, 500.0])
+def test_patience_below_the_quiet_of_published_logs_is_enough(patience, tmp_path):
+    write(tmp_path / "train.log", family_1471(Facts()))
+    (code, reason), _, seconds = run_with(tmp_path, 30, lambda look: None, patience)
+    assert (code, reason) == (0, "the run is finished")
+    assert seconds == min(patience, watch.PUBLISHED_QUIET)
+
+
+def test_a_traceback_ends_a_published_run_unless_more_follows(tmp_path):
+    lines = family_1471(Facts())
+    path = write(tmp_path / "train.log", [*lines[:58], "Traceback (most recent call last):",
+                                          "ValueError: no"])
+    (code, reason), _, seconds = run_with(tmp_path, 30, lambda look: None, patience=500)
+    assert code == 1 and "Python error" in reason and seconds == watch.PUBLISHED_QUIET
+    whole = [*lines[:58], "Traceback (most recent call last):", "ValueError: no", *lines[58:]]
+    (code, _), _, _ = run_with(
+        tmp_path, 30, lambda look: look == 3 and write(path, whole), patience=500)
+    assert code == 0
+
+
+def test_what_never_becomes_a_log_is_told_at_once_and_what_may_at_the_end(tiny_run, tmp_path):
+    with pytest.raises(logs.LogError, match="NUL"):
+        run_with(tiny_run.folder / "final_model.int6.ptz", 2, lambda look: None)
+    for name in "ab":
+        write(tmp_path / f"{name}.log", family_1471(Facts()))
+    with pytest.raises(logs.LogError, match="holds 2 logs"):
+        run_with(tmp_path, 2, lambda look: None)
+    (tmp_path / "b.log").unlink()
+    (code, _), shown, _ = run_with(  # one that was read is watched to its end
+        tmp_path, 30, lambda look: look == 1 and write(tmp_path / "c.log", ["x"]))
+    assert code == 0 and shown[-1].complete
+    (tmp_path / "a.log").write_text("no word of training\n")
+    (tmp_path / "c.log").unlink()
+    (code, reason), _, _ = run_with(tmp_path, 30, lambda look: None)
+    assert code == 1 and reason.startswith("nothing has happened for 50 s: ")
+    assert "none of its 1 lines" in reason
+
+
+@pytest.mark.parametrize("kind, changes, now, then", [
+    ("roundtrip", dict(sliding_window_enabled=False), "the result", None),
+    ("artifact", dict(sliding_window_enabled=False), "the round-trip score", "the result"),
+    ("artifact", dict(sliding_window_enabled=False, eval_mode="stream"), "the round-trip score",
+     "the stream score"),
+    ("sliding", dict(eval_mode="stream"), "the stream score", "the result"),
+    ("collected", dict(prequant_sliding=True), "the score before packing",
+     "the sliding score before packing"),
+    ("collected", dict(prequant_sliding=False), "the score before packing", "quantisation"),
+    ("collected", dict(prequant_sliding=False, stage="train"), "the score before packing",
+     "the result"),
+    ("weights", dict(gptq_enabled=False, prequant_sliding=False), "the score before packing",
+     "quantisation")])
+def test_what_is_announced_follows_the_settings(kind, changes, now, then, tiny_run, tmp_path):
+    grown(tiny_run, tmp_path, kind)
+    path = tmp_path / "events.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, **(changes if row["event"] == "config" else {})})
+                            + "\n" for row in rows))
+    run = logs.read_run(path)
+    assert watch.status(run, watch.progress(run)).split(", ")[1] == now
+    assert watch.next_events(run, watch.progress(run)) == [f"then {then}"] * bool(then)
+
+
 def test_a_real_run_is_followed_from_its_first_line_to_its_last(small_env, tmp_path):
     settings = {name: str(value) for name, value in small_env.items()}
     env = {**conftest.base_env(tmp_path), **settings, "RUN_ID": "seen"}
@@ -125,6 +187,9 @@ def test_a_real_run_is_followed_from_its_first_line_to_its_last(small_env, tmp_p
     assert "finished, step 8" in lines[-2] and "sliding" in lines[-2]
 
 
-def test_numbers_that_make_no_sense_are_refused(tmp_path, capsys):
-    assert records.main(["watch", str(tmp_path), "--every", "0"]) == 2
-    assert "--every" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["--every", "--patience"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e18"])
+def test_numbers_that_make_no_sense_are_refused(name, value, tmp_path, capsys):
+    assert records.main(["watch", str(tmp_path), f"{name}={value}"]) == 2
+    err = capsys.readouterr().err
+    assert f"{name} {float(value)}: seconds, must be above 0" in err and err.count("\n") == 1
