@@ -41,6 +41,7 @@ import errno
 import functools
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 import lzma
@@ -78,9 +79,9 @@ try:
 except ImportError:
     sentencepiece = None
 try:  # FlashAttention-3 is optional: SDPA serves where it is absent
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 
 # == 1 Config: every setting, its meaning, and what is refused ====================================
@@ -127,6 +128,18 @@ def topic(name: str, stage: str):
     return knob
 
 
+class Windows(NamedTuple):
+    """How a text is read to be scored: windows that start every `stride` targets.
+
+    batch: windows of a forward. by_documents: context never crosses a document's start.
+    """
+
+    length: int
+    stride: int
+    batch: int
+    by_documents: bool = False
+
+
 class Span(NamedTuple):
     """A stretch at the start of a run: so many steps, or a share of the run if one is given."""
 
@@ -146,11 +159,20 @@ PRESETS = {
         SKIP_TO_LANES=0 SCALE_FLOOR={1 / 31} SCALE_FLOOR_EMBED={1 / 127} SDCLIP_K=12.85
         SDCLIP_K_EMBED=20 EMBED_GPTQ=0 HESSIAN_RANKS=first SCORE_TAIL=0 GPTQ_RESERVE_SECONDS=10
         COMPRESSOR=brotli""",
+    # The strongest published training stack (PR #2014 and what led to it), with this script's
+    # quantiser: 17 virtual layers, routed lanes, gates, document masking, growing lengths.
+    "frontier": """
+        VIRTUAL_ORDER=0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10 RECUR_START_FRAC=0.35 SKIP_ROWS=orders
+        PARALLEL_START_LAYER=8 LANE_ROUTING=learned VE_ENABLED=0 QK_GAIN_INIT=5.25 ATTN_GATE=sparse
+        SMEAR_GATE=1 MATRIX_LR=0.026 EMBED_WD=0.085 BETA2=0.99 MUON_MOMENTUM=0.97
+        NS_COEFFICIENTS=polar WARMDOWN_FRAC=0.85 MIN_LR=0.1 VAL_LOSS_EVERY=0 DOC_MASK=1
+        TRAIN_SEQ_LEN=3072 TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1 EVAL_SEQ_LEN=3072
+        EVAL_PLAN=documents GPTQ_CALIBRATION_BATCHES=32""",
     # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
     # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
     "one_gpu": """
         RECUR_START_FRAC=0.347 MUON_MOMENTUM_WARMUP_FRAC=0.302 EMA_DECAY=0.9725 TRAIN_LOG_EVERY=50
-        GPTQ_CALIBRATION_BATCHES=16""",
+        GPTQ_CALIBRATION_BATCHES=16 SEQ_CHANGE_WARMUP_STEPS=4""",
     # A small sibling for the corpus that data/build_demo.py makes: every part of a record run,
     # minutes on a laptop.
     "demo": """
@@ -199,6 +221,11 @@ class Config:
     iterations: int = knob(20_000, "optimizer steps at most", 0, 10 ** 9)
     max_wallclock_seconds: float = knob(600.0, "limit on training + calibration; 0: steps only", 0)
     train_batch_tokens: int = knob(786_432, "tokens a step, all ranks", 1, 1 << 32)
+    doc_mask: bool = knob(False, "packed rows, attention inside documents alone; PR #1530")
+    row_tokens: int = knob(98_304, "tokens of a packed row; DOC_MASK=1", 2, 1 << 24)
+    train_seq_schedule: tuple[str, ...] = knob((), "LENGTH@SHARE list: tokens that attention may "
+                                               "span until that share of the run; PR #2014")
+    seq_change_warmup_steps: int = knob(32, "steps of rising rates after a change of length", 0)
     micro_batch_tokens: int = knob(98_304, "tokens a forward; lower it for memory", 1, 1 << 32)
     warmup_steps: int = knob(20, "compiling steps before the clock, undone; 0: none", 0, 10 ** 6)
     warmdown_frac: float = knob(0.72, "last share of the run: rates fall to 0; PR #1445", 0, 1)
@@ -291,6 +318,8 @@ class Config:
 
     knob = topic("evaluation", "evaluate")
     eval_seq_len: int = knob(2048, "tokens per evaluation window", 2, 1 << 20)
+    eval_plan: str = knob("windows", "documents: context never crosses a document's start; "
+                          "PR #1530", choices=("windows", "documents"))
     sliding_window_enabled: bool = knob(True, "score by sliding window after the round trip")
     eval_stride: int = knob(64, "tokens scored per sliding window", 1)
     eval_mode: str = knob("exact", "stream: also long stretches, windowed attention",
@@ -304,7 +333,10 @@ class Config:
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
-    step_windows = property(lambda c: c.train_batch_tokens // c.train_seq_len)
+    row_len = property(lambda c: c.row_tokens if c.doc_mask else c.train_seq_len)
+    step_rows = property(lambda c: c.train_batch_tokens // c.row_len)
+    by_documents = property(lambda c: c.eval_plan == "documents")
+    packs = property(lambda c: c.by_documents or (c.doc_mask and c.runs("train")))
     # the splits whose shards this run reads
     text = property(lambda c: STAGES["train" if c.stage == "all" else c.stage].text)
     base_order = property(lambda c: tuple(range(c.num_layers)))
@@ -319,13 +351,13 @@ class Config:
         c.data_path or Path(c.data_dir, f"datasets/fineweb10B_sp{c.vocab_size}")))
     tokenizer_file = property(lambda c: Path(
         c.tokenizer_path or Path(c.data_dir, f"tokenizers/fineweb_{c.vocab_size}_bpe.model")))
-    calibration_windows = property(lambda c: max(
-        1, c.gptq_calibration_batches * c.train_batch_tokens // 8 // c.train_seq_len))
-    # window plans: (tokens of a window, distance of their starts, windows a forward)
-    whole_windows = property(lambda c: (c.eval_seq_len, c.eval_seq_len, c.eval_batch_windows))
-    sliding_windows = property(lambda c: (c.eval_seq_len, c.eval_stride, c.eval_batch_windows))
+    calibration_rows = property(lambda c: max(
+        1, c.gptq_calibration_batches * c.train_batch_tokens // 8 // c.row_len))
+    whole_windows = property(lambda c: Windows(
+        c.eval_seq_len, c.eval_seq_len, c.eval_batch_windows, c.by_documents))
+    sliding_windows = property(lambda c: c.whole_windows._replace(stride=c.eval_stride))
     # stretches of STREAM_WINDOWS windows; but the first, each reads one before it scores
-    stream_plan = property(lambda c: (
+    stream_plan = property(lambda c: Windows(
         c.eval_seq_len * c.stream_windows, c.eval_seq_len * (c.stream_windows - 1),
         max(1, c.eval_batch_windows // c.stream_windows)))
 
@@ -339,6 +371,12 @@ class Config:
         end = 1 + max(self.recur_layers, default=-1)
         looped = self.base_order[:end] + self.recur_layers + self.base_order[end:]
         return self.virtual_order or looped
+
+    @property
+    def seq_stages(self) -> list[tuple[int, float]]:
+        """(Training length, share of the run at which it ends), in order; ValueError if none."""
+        parts = [part.split("@") for part in self.train_seq_schedule]
+        return [(int(length), float(end)) for length, end in parts] or [(self.train_seq_len, 1.0)]
 
     # kind of the file that a lone later stage starts from
     reads = property(lambda c: STAGES[c.stage].reads if c.stage in STAGES else "")
@@ -359,7 +397,7 @@ BEATEN_BY = dict(
     recur_layers="virtual_order", muon_momentum_warmup_steps="muon_momentum_warmup_frac")
 # Settings younger than artifacts that can be read -> what a file without them was made with.
 SINCE = dict(skip_rows="depth", attn_gate="none", gate_window=12, attn_gate_scale=0.5,
-             smear_gate=False, lane_routing="scalar")
+             smear_gate=False, lane_routing="scalar", eval_plan="windows")
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -423,6 +461,7 @@ def combination_rules(c: Config) -> list[tuple]:
     block = set(recur) <= layers and all(b == a + 1 for a, b in itertools.pairwise(recur))
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:]
     lanes = [i >= c.parallel_start_layer for i in decoder]
+    row = row_name(c)
     return [
         (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
         (c.num_heads % c.num_kv_heads == 0, "num_heads", "must be a multiple of NUM_KV_HEADS"),
@@ -434,10 +473,18 @@ def combination_rules(c: Config) -> list[tuple]:
         (c.gate_window <= c.model_dim or not (c.smear_gate or c.attn_gate != "none"),
          "gate_window", "must be at most MODEL_DIM"),
         (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
-        (c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
-         "must be a multiple of TRAIN_SEQ_LEN"),
-        (c.micro_batch_tokens >= c.train_seq_len, "micro_batch_tokens",
-         "must hold at least one window of TRAIN_SEQ_LEN"),
+        (c.train_batch_tokens % c.row_len == 0, "train_batch_tokens",
+         f"must be a multiple of {row}"),
+        (c.micro_batch_tokens >= c.row_len, "micro_batch_tokens", f"must be at least {row}"),
+        (not c.doc_mask or c.row_tokens >= c.train_seq_len, "row_tokens",
+         "must be at least TRAIN_SEQ_LEN"),
+        (follows_lengths(c), "train_seq_schedule", "must be LENGTH@SHARE with commas between, "
+         "shares rising to 1, the greatest length TRAIN_SEQ_LEN, as in 1024@0.5,2048@1"),
+        (not c.train_seq_schedule or c.doc_mask, "train_seq_schedule", "needs DOC_MASK=1"),
+        (not c.train_seq_schedule or c.recur_start.frac is not None
+         or c.recurrent_order == c.base_order, "train_seq_schedule",
+         "needs RECUR_START_FRAC: the start of recurrence as a share of the run too"),
+        (c.eval_mode == "exact" or not c.by_documents, "eval_mode", "needs EVAL_PLAN=windows"),
         (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
         (c.virtual_order or block, "recur_layers",
          "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
@@ -457,6 +504,19 @@ def combination_rules(c: Config) -> list[tuple]:
         (re.fullmatch(r"(?![.-])[A-Za-z0-9_.-]{,200}", c.run_id), "run_id",
          "names a folder: use at most 200 of A-Z, a-z, 0-9, '_', '-', '.'"),
     ]
+
+
+def row_name(c: Config) -> str:
+    return "ROW_TOKENS" if c.doc_mask else "TRAIN_SEQ_LEN"
+
+
+def follows_lengths(c: Config) -> bool:
+    """Return whether TRAIN_SEQ_SCHEDULE is one, and its lengths go with TRAIN_SEQ_LEN."""
+    with contextlib.suppress(ValueError):
+        lengths, ends = zip(*c.seq_stages)
+        return (min(lengths) > 1 and max(lengths) == c.train_seq_len and ends[-1] == 1
+                and all(a < b for a, b in itertools.pairwise((0.0, *ends))))
+    return False
 
 
 SWITCHES = {"0": 0, "false": 0, "1": 1, "true": 1}
@@ -658,6 +718,8 @@ def idle_settings(c: Config) -> list[tuple]:
          "EVAL_STRIDE"),
         (c.eval_mode != "stream", "EVAL_MODE=exact", "STREAM_WINDOWS"),
         (c.virtual_order, "VIRTUAL_ORDER", "RECUR_LAYERS"),
+        (not c.doc_mask, "DOC_MASK=0", "ROW_TOKENS"),
+        (not c.train_seq_schedule, "a constant TRAIN_SEQ_LEN", "SEQ_CHANGE_WARMUP_STEPS"),
         (c.recur_start.frac is not None, "RECUR_START_FRAC", "RECUR_START_STEP"),
         (c.muon_warmup.frac is not None, "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM_WARMUP_STEPS"),
     ]
@@ -1097,6 +1159,7 @@ EVENTS = {
     "data": "train_shards: {train_shards}",
     "val_data": "val_tokens: {scored_tokens}",
     "val_name": "val: {name}",
+    "eval_plan": "eval_plan: {plan} of {length} tokens at most; {documents} documents",
     "val_counts": "val_targets: scored {scored_tokens} (with tail {all_tokens}, legacy "
                   "{legacy_tokens}) bytes {scored_bytes} by {denominator} (table {table_bytes})",
     "parameters": "model_params:{count}",
@@ -1106,11 +1169,13 @@ EVENTS = {
     "reserve_measured": "gptq:calibration measured {batch_seconds:.3f}s a batch, {batches} a "
                         "rank: reserve {reserve_seconds:.2f}s",
     "recurrence_plan": "recurrence: starts {text_when}; virtual_layers={order}",
+    "length_plan": "train_seq_len: {tokens} starts {text_when}",
     "warmup_step": "warmup_step: {step}/{steps}",
     "val": "{step}/{iterations} val_loss: {val_loss:.4f} val_bpb: {val_bpb:.4f}",
     "train": "{step}/{iterations} train_loss: {train_loss:.4f} train_time: {train_minutes:.1f}m "
              "tok/s: {tokens_per_second:.0f}",
     "recurrence": "recurrence:activated at step {step}, virtual_layers={order}",
+    "length": "train_seq_len:{tokens} from step {step}",
     "checkpoint": "checkpoint: step {step} in {path}",
     "resumed": "resumed: {text} (not record-eligible)",
     "recompiled": "warning: {count} graphs were compiled inside the training clock",
@@ -1452,12 +1517,16 @@ class Batch(NamedTuple):
 
     tokens (B, T) and targets (B, S), int64: what follows each of a row's last S positions. places
     (B, S), int64: the number of each target in its text, -1 where it does not count; None in
-    training, where all do.
+    training, where all do. segments (B, N), int64: where the stretches of a packed row begin that
+    do not see each other, filled up with T; None where a row is one. longest: tokens of one, at
+    most.
     """
 
     tokens: Tensor
     targets: Tensor
     places: Any = None
+    segments: Any = None
+    longest: int = 0
 
     @classmethod
     def of_windows(cls, windows: Tensor) -> Batch:
@@ -1466,8 +1535,9 @@ class Batch(NamedTuple):
 
     def split(self, rows: int) -> list[Batch]:
         """Return this in parts of `rows` rows."""
-        return [self._replace(tokens=tokens, targets=targets) for tokens, targets
-                in zip(self.tokens.split(rows), self.targets.split(rows))]
+        parts: Any = [itertools.repeat(x) if x is None else x.split(rows) for x in self[:4]]
+        return [self._replace(tokens=tokens, targets=targets, places=places, segments=segments)
+                for tokens, targets, places, segments in zip(*parts)]
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1558,40 +1628,89 @@ def even_split(count: int, most: int) -> int:
     return max(n for n in range(1, max(1, min(count, most)) + 1) if count % n == 0)
 
 
+def document_starts(tokens: np.ndarray) -> np.ndarray:
+    """Return where documents begin among tokens (T,): at 0, and at every BOS."""
+    return np.union1d(0, np.flatnonzero(tokens == BOS_ID))
+
+
+def filled(starts: list[np.ndarray], length: int, static: bool) -> Tensor:
+    """Return starts of segments in rows of `length` tokens as one tensor (rows, N).
+
+    static: N is one of few numbers, the least of them enough for rows of usual text, so that
+    compiled graphs see one shape.
+    """
+    slots, need = -(-length // 24_576) * 64, 1 + max(map(len, starts))  # each row ends in a fill
+    while slots < need:
+        slots *= 2
+    return torch.from_numpy(np.stack([np.pad(
+        row, (0, (slots if static else need) - len(row)), constant_values=length)
+        for row in starts])).long()
+
+
+def cut_documents(tokens_BT: np.ndarray, longest: int, static: bool) -> Tensor:
+    """Return where segments begin in packed rows, (B, N) as in Batch: with each document, and
+    every `longest` tokens inside one (PR #1530). static: as `filled` takes it."""
+    starts, length = [], tokens_BT.shape[1]
+    for row in tokens_BT:
+        begins = document_starts(row)
+        ends = np.append(begins[1:], length)
+        starts.append(np.concatenate([np.arange(*span, longest) for span in zip(begins, ends)]))
+    return filled(starts, length, static)
+
+
 class Loader:
-    """This rank's share of every step's windows; reads one step ahead on a thread."""
+    """This rank's share of every step's rows; reads one step ahead on a thread."""
 
     def __init__(self, shards: ShardSet, config: Config, runtime: Runtime):
-        self.shards, self.config, self.device = shards, config, runtime.device
-        self.per_rank = config.step_windows // runtime.world_size
+        self.shards, self.config, self.runtime = shards, config, runtime
+        self.per_rank = config.step_rows // runtime.world_size
         self.offset = runtime.rank * self.per_rank
-        self.pool, self.ahead = ThreadPoolExecutor(1), {}  # step -> its windows to come
+        # (step, length of its segments) -> its rows to come
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
-    def read(self, start: int, count: int) -> Batch:
-        """Return the windows at `count` positions of the training order, on the device.
+    def read(self, start: int, count: int, longest: int = 0, parts: int = 1) -> Batch:
+        """Return the rows at `count` positions of the training order, on the device.
 
-        Raises ValueError on a token beyond the vocabulary.
+        longest: tokens of a segment at most, 0 for TRAIN_SEQ_LEN; parts: that each row is cut
+        into, as rows of their own. Raises ValueError on a token beyond the vocabulary.
         """
         order = window_order(self.config.seed, self.shards.num_windows, start, count)
-        windows = self.shards.windows(order)
-        if windows.max() >= self.config.vocab_size:
-            raise ValueError(f"training shards hold token {windows.max()}, VOCAB_SIZE="
+        rows = self.shards.windows(order)
+        if rows.max() >= self.config.vocab_size:
+            raise ValueError(f"training shards hold token {rows.max()}, VOCAB_SIZE="
                              f"{self.config.vocab_size}: set VOCAB_SIZE and DATA_PATH to match")
-        tokens = torch.from_numpy(windows.view(np.int16))  # two bytes a token to the device
-        if self.device.type == "cuda":
-            tokens = tokens.pin_memory()
-        return Batch.of_windows(tokens.to(self.device, non_blocking=True).long() & 0xFFFF)
+        return batch_of_rows(rows, self.config, self.runtime, longest, parts)
 
-    def batch(self, step: int) -> Batch:
-        """Return this rank's windows of a step; rank r holds the r-th share."""
+    def batch(self, step: int, longest: int = 0) -> Batch:
+        """Return this rank's rows of a step; rank r holds the r-th share. longest: as in `read`."""
+        if any(length != longest for _, length in self.ahead):  # a step's rows stay its rows
+            self.ahead.clear()
         for wanted in (step, step + 1):
-            if wanted not in self.ahead:
-                start = wanted * self.config.step_windows + self.offset
-                self.ahead[wanted] = self.pool.submit(self.read, start, self.per_rank)
-        return self.ahead.pop(step).result()
+            if (wanted, longest) not in self.ahead:
+                start = wanted * self.config.step_rows + self.offset
+                self.ahead[wanted, longest] = self.pool.submit(
+                    self.read, start, self.per_rank, longest)
+        return self.ahead.pop((step, longest)).result()
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)
+
+
+def batch_of_rows(rows: np.ndarray, config: Config, runtime: Runtime, longest: int,
+                  parts: int = 1) -> Batch:
+    """Return training rows (B, R + 1), uint16, as a Batch on the device; see `Loader.read`."""
+    tokens = torch.from_numpy(rows.view(np.int16))  # two bytes a token to the device
+    if runtime.device.type == "cuda":
+        tokens = tokens.pin_memory()
+    batch = Batch.of_windows(tokens.to(runtime.device, non_blocking=True).long() & 0xFFFF)
+    if not config.doc_mask:
+        return batch
+    shape, cut = (len(rows) * parts, -1), rows[:, :-1].reshape(len(rows) * parts, -1)
+    longest = longest or config.train_seq_len
+    segments = cut_documents(cut, longest, runtime.compiles).to(runtime.device)
+    # compiled graphs serve every length of a schedule
+    longest = config.train_seq_len if runtime.compiles else longest
+    return Batch(batch.tokens.view(shape), batch.targets.view(shape), None, segments, longest)
 
 
 def byte_table(processor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1935,7 +2054,73 @@ def training_faults(config: Config, files: list[Path]) -> list[str]:
 
 # == 4 Kernels: one fast form, one plain form per operation =======================================
 
-def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+class Cut(NamedTuple):
+    """How packed rows are cut into segments, as attention wants to know it; see `Batch`."""
+
+    bounds: Tensor  # (B * N,) int32: where segments begin in the flattened rows, and end
+    longest: int
+    places: Tensor  # (B, T): each position within its segment
+    padded: Tensor  # (B * N, longest): flattened positions of each segment, and of what follows
+    back: Tensor  # (B, T): where each position lies in that
+
+
+def cut_rows(segments: Tensor, length: int, longest: int) -> Cut:
+    """Return the Cut of rows of `length` tokens; segments (B, N) and longest as in `Batch`."""
+    (rows, slots), device = segments.shape, segments.device
+    row = torch.arange(rows, device=device)[:, None]
+    at = torch.arange(length, device=device).expand(rows, length).contiguous()
+    number = torch.searchsorted(segments, at, right=True) - 1  # of the segment, in its row
+    places, begins = at - segments.gather(1, number), segments + length * row
+    padded = begins[..., None] + torch.arange(longest, device=device)
+    return Cut(begins.flatten().int(), longest, places,
+               padded.flatten(0, 1).clamp_max(rows * length - 1),
+               (number + slots * row) * longest + places)
+
+
+def by_segments(dense, packed=None):
+    """Return an attention that, given a Cut, stays within segments, through packed(q, k, v, cut).
+
+    dense: causal attention of whole rows, which must do for segments too where `packed` is None:
+    each a row, filled up with whatever follows it, which nothing of the segment sees.
+    """
+    def attention_padded(q_BTHK, k_BTGK, v_BTGK, cut: Cut):
+        out = dense(*(x.flatten(0, 1)[cut.padded] for x in (q_BTHK, k_BTGK, v_BTGK)))
+        return out.flatten(0, 1)[cut.back]
+
+    def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cut: Any = None) -> Tensor:
+        if cut is None:
+            return dense(q_BTHK, k_BTGK, v_BTGK)
+        return (packed or attention_padded)(q_BTHK, k_BTGK, v_BTGK, cut)
+    return attend
+
+
+def varlen_attention(function, **options):
+    """Return attention within segments through a variable-length function of FlashAttention."""
+    def attention_varlen(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, cut: Cut) -> Tensor:
+        flat = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+        out = function(*flat, cut.bounds, cut.bounds, cut.longest, cut.longest, **options)
+        return (out[0] if isinstance(out, tuple) else out).view(q_BTHK.shape)
+    return attention_varlen
+
+
+def torch_varlen():
+    """Return attention within segments through PyTorch's own FlashAttention; None before 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes = inspect.signature(varlen_attn).parameters
+    causal = dict(window_size=(-1, 0)) if "window_size" in takes else dict(is_causal=True)
+    if "enable_gqa" in takes:
+        return varlen_attention(varlen_attn, enable_gqa=True, **causal)
+
+    def repeated(q, k, v, *cut):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, *cut, **causal)
+    return varlen_attention(repeated)
+
+
+def causal_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Causal grouped attention (B, T, H, K) through PyTorch's scaled_dot_product_attention.
 
     Like every attention here it takes queries of the last positions alone as well.
@@ -1946,6 +2131,9 @@ def attention_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
     if before:
         q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, before, 0))
     return grouped_sdpa(q_BTHK, k_BTGK, v_BTGK, is_causal=True)[:, before:]
+
+
+attention_sdpa = by_segments(causal_sdpa)
 
 
 def grouped_sdpa(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, **mask) -> Tensor:
@@ -2015,18 +2203,31 @@ def attention_inputs(config: Config, runtime: Runtime, length: int) -> list[Tens
         runtime.device, runtime.compute_dtype) for count in (config.num_heads, heads, heads)]
 
 
-def attention_error(function, config: Config, runtime: Runtime, window: int = 0) -> float:
+def trial_cut(length: int, longest: int, runtime: Runtime) -> Cut:
+    """Return a Cut of two rows into segments of `longest` tokens but for the first and last."""
+    begins = [[0, *range(first, length, longest)] for first in (1, longest // 2 + 1)]
+    slots = 1 + max(map(len, begins))
+    filled_up = [row + [length] * (slots - len(row)) for row in begins]
+    return cut_rows(torch.tensor(filled_up, device=runtime.device), length, longest)
+
+
+def attention_error(function, config: Config, runtime: Runtime, window: int = 0,
+                    cut: Any = None) -> float:
     """Return the largest error of an attention function against the plain one, both directions.
 
     Errors of output, of the last queries alone and of gradients are relative to the largest value.
-    Raises what a backend that cannot run does.
+    cut: of two rows of 128, to be told both. Raises what a backend that cannot run does.
     """
     results, yardstick = [], functools.partial(attention_math, window=window)
+    if cut is not None:
+        function, yardstick = (functools.partial(form, cut=cut)
+                               for form in (function, by_segments(yardstick)))
     for attend in (function, yardstick):
         inputs = [x.requires_grad_() for x in attention_inputs(config, runtime, 128)]
-        out, tail = attend(*inputs), attend(inputs[0][:, -32:], *inputs[1:])
-        grads = torch.autograd.grad(out.float().square().sum(), inputs)
-        results.append([x.detach().float() for x in (out, tail, *grads)])
+        found = [attend(*inputs)]
+        found += torch.autograd.grad(found[0].float().square().sum(), inputs, retain_graph=True)
+        found += [attend(inputs[0][:, -32:], *inputs[1:])] if cut is None else []
+        results.append([x.detach().float() for x in found])
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(*results)]
     return torch.stack(errors).max().item()  # a NaN stays one, and is above any tolerance
 
@@ -2036,17 +2237,22 @@ def try_attention(name: str, attend, scope, config: Config, runtime: Runtime) ->
 
     scope(*names) -> context in which those backends alone serve. Raises what one that cannot does.
     """
+    cut = functools.partial(trial_cut, runtime=runtime)
     with scope(name):
         error = attention_error(attend, config, runtime)
+        if config.packs:
+            error = max(error, attention_error(attend, config, runtime, 0, cut(128, 20)))
         if config.runs("train"):
-            inputs = [x.requires_grad_() for x in attention_inputs(
-                config, runtime, config.train_seq_len)]
-            torch.autograd.grad(attend(*inputs).float().sum(), inputs)
+            inputs = [x.requires_grad_() for x in attention_inputs(config, runtime, config.row_len)]
+            given = [cut(config.row_len, config.train_seq_len)] * config.doc_mask
+            torch.autograd.grad(attend(*inputs, *given).float().sum(), inputs)
         with torch.inference_mode():
-            q, *others = attention_inputs(config, runtime, config.eval_seq_len)
-            attend(q, *others), attend(q[:, -config.eval_stride:], *others)
+            length = config.eval_seq_len
+            q, *others = attention_inputs(config, runtime, length)
+            attend(q, *others, *[cut(length, length)] * config.by_documents)
+            attend(q[:, -config.eval_stride:], *others)
     if config.eval_mode == "stream" and config.runs("evaluate"):  # masks need another kernel
-        length, distance, _ = config.stream_plan
+        length, distance, *_ = config.stream_plan
         with scope(name, "math"):
             error = max(error, attention_error(windowed_form(name, 32), config, runtime, 32))
             with torch.inference_mode():
@@ -2068,12 +2274,15 @@ def attention_backends(config: Config, runtime: Runtime) -> dict[str, tuple]:
         return contextlib.nullcontext()
 
     if runtime.device.type == "cuda":
-        found: dict[str, tuple] = {name: (attention_sdpa, sdpa_only)
-                                   for name in ("cudnn", "flash", "math")}
+        flash = by_segments(causal_sdpa, torch_varlen())
+        names = ("flash", "cudnn", "math") if config.packs else ("cudnn", "flash", "math")
+        found: dict[str, tuple] = {name: (attention_sdpa, sdpa_only) for name in names}
+        found["flash"] = flash, sdpa_only
         if flash_attn_func and runtime.compute_dtype == torch.bfloat16:
-            found = dict(fa3=(fa3_attention(), anywhere)) | found
+            packed = varlen_attention(flash_attn_varlen_func, causal=True)
+            found = dict(fa3=(by_segments(fa3_attention(), packed), anywhere)) | found
     else:
-        found = dict(sdpa=(attention_sdpa, anywhere), math=(attention_math, anywhere))
+        found = dict(sdpa=(attention_sdpa, anywhere), math=(by_segments(attention_math), anywhere))
     asked = config.attention_backend
     return {name: form for name, form in found.items() if asked in ("auto", name)}
 
@@ -2127,7 +2336,7 @@ def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
 #   grouped keys and values          NUM_KV_HEADS            shrinking normed inputs    LN_SCALE
 #   leaky ReLU squared               MLP_MULT                every layer also reads x0  always
 #   gates on head outputs            ATTN_GATE, GATE_WINDOW  smeared embeddings         SMEAR_GATE
-#   lanes that feed each other       LANE_ROUTING
+#   lanes that feed each other       LANE_ROUTING            documents apart, packed    DOC_MASK
 
 class Role(Enum):
     """What a parameter is, given where it is made: decides its optimizer and how it is stored."""
@@ -2193,10 +2402,20 @@ def skip_rows(config: Config) -> int:
 
 def phases(config: Config) -> list[Phase]:
     """Return the parts of training in order; the last one's layout is the model's from then on."""
-    first = Phase(Span(0), plan_layout(config.base_order, config), config.train_seq_len)
-    recurrent = first._replace(start=config.recur_start,
-                               layout=plan_layout(config.recurrent_order, config))
-    return [first] if recurrent.layout == first.layout else [first, recurrent]
+    layouts = [(Span(0), plan_layout(config.base_order, config)),
+               (config.recur_start, plan_layout(config.recurrent_order, config))]
+    layouts = layouts[:1] if layouts[0][1] == layouts[1][1] else layouts
+    if not config.train_seq_schedule:
+        return [Phase(start, layout, config.train_seq_len) for start, layout in layouts]
+    begins = [0.0, *(end for _, end in config.seq_stages[:-1])]
+    lengths = [(Span(0, begin), length) for begin, (length, _) in zip(begins, config.seq_stages)]
+
+    def latest(parts, share):
+        return [part for start, part in parts if (start.frac or 0.0) <= share][-1]
+
+    shares = sorted({start.frac or 0.0 for start, _ in [*layouts, *lengths]})
+    return [Phase(Span(0, share), latest(layouts, share), latest(lengths, share))
+            for share in shares]
 
 
 def parameter(role: Role, start, *shape: int, dtype=torch.float32) -> nn.Parameter:
@@ -2230,10 +2449,10 @@ def rotary_tables(length: int, dims: int, base: float, train_len: int,
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R/2) of the first R = 2 * cos.shape[-1] dimensions of each head."""
+    """Rotate pairs (i, i + R/2) of the first R dimensions of each head; cos, sin (…, T, R/2)."""
     half = cos.shape[-1]
     a, b, rest = x_BTHK.split((half, half, x_BTHK.shape[-1] - 2 * half), dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -2242,7 +2461,8 @@ class Pass(NamedTuple):
 
     batch: Batch
     x0: Tensor  # (B, T, D): the normed embeddings
-    rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2)
+    rotary: tuple[Tensor, Tensor]  # cos and sin (T, R/2), of packed rows (B, T, R/2)
+    cut: Any  # of packed rows, a Cut
     value: Any  # (B, T, G * K): the value embedding, if there is one
     value_scales: Any  # a scale for each layer that adds it
     asked: slice  # the positions whose targets are asked for
@@ -2288,9 +2508,10 @@ class Attention(nn.Module):
         q = self.q(x_BTD[:, here.kept]).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
         k = self.k(x_BTD).unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
         v = v.unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
-        q = rotate(rms_norm(q), *(table[here.kept] for table in here.rotary))
+        q = rotate(rms_norm(q), *(table[..., here.kept, :] for table in here.rotary))
         q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *here.rotary)
-        out = self.exclude_self(self.attend(q, k, v), v[:, here.kept])  # (B, S, H, K)
+        out = self.attend(q, k, v) if here.cut is None else self.attend(q, k, v, here.cut)
+        out = self.exclude_self(out, v[:, here.kept])  # (B, S, H, K)
         if self.gate is not None:
             first = x_BTD[:, here.kept, :self.gate.shape[1]]
             gate = torch.sigmoid(self.gate_scale * F.linear(first, self.gate.to(first.dtype)))
@@ -2346,7 +2567,7 @@ class OneStream:
     Other ways have several streams; skips join the first one.
     """
 
-    def split(self, x: Tensor, here: Any) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor, here: Pass) -> tuple[Tensor, ...]:
         return (x,)
 
     def step(self, block: Block, streams: tuple[Tensor, ...], here: Pass) -> tuple[Tensor, ...]:
@@ -2483,8 +2704,9 @@ class GPT(nn.Module):
             rotary_tables, dims=config.rope_dims or config.head_dim, base=config.rope_base,
             train_len=train_len or config.train_seq_len, like=self.tok_emb.weight)
         # worked out here, not in every kernel that needs them: of all lengths that a run has
+        lengths, _ = zip(*config.seq_stages)
         self.tables = {length: self.rotary(length) for length in (
-            config.train_seq_len, config.eval_seq_len, train_len) if length}
+            config.train_seq_len, config.eval_seq_len, *lengths, train_len) if length}
 
     @torch.no_grad()
     def init_weights(self, seed: int):
@@ -2500,12 +2722,17 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
         tokens, lanes, waiting = batch.tokens, self.stream, []
-        x0, length = self.tok_emb(tokens), tokens.shape[1]
+        x0, length = self.tok_emb(tokens), batch.longest or tokens.shape[1]
         x0 = rms_norm(x0 if self.smear is None else self.smear(x0, tokens))
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
-        tables = self.tables[length] if length in self.tables else self.rotary(length)
-        asked, streams = slice(length - batch.targets.shape[1], None), lanes.split(x0, None)
-        here = Pass(batch, x0, tables, value, scales, asked, slice(None))
+        tables: Any = self.tables[length] if length in self.tables else self.rotary(length)
+        cut = (None if batch.segments is None
+               else cut_rows(batch.segments, tokens.shape[1], batch.longest))
+        if cut is not None:  # positions count from the segment's start
+            tables = tuple(table[cut.places] for table in tables)
+        asked = slice(tokens.shape[1] - batch.targets.shape[1], None)
+        here = Pass(batch, x0, tables, cut, value, scales, asked, slice(None))
+        streams = lanes.split(x0, here)
         for at, step in enumerate(layout.steps):
             here = here._replace(at=at, kept=asked if step.last else slice(None))
             block: Any = self.blocks[step.layer]
@@ -2571,14 +2798,15 @@ class Rates:
     muon_momentum: float
 
 
-def schedule(config: Config, step: int, progress: float) -> Rates:
+def schedule(config: Config, step: int, progress: float, since: float = math.inf) -> Rates:
     """Return the rates of a step; `progress` is the share of the run done, by clock or by steps.
 
-    Source: PR #1471.
+    since: steps made at this training length, if it changed. Sources: PR #1471, PR #2014.
     """
     multiplier = 1.0
     if config.warmdown_frac and progress >= 1 - config.warmdown_frac:
         multiplier = max((1 - progress) / config.warmdown_frac, config.min_lr)
+    multiplier *= min(1.0, (since + 1) / max(1, config.seq_change_warmup_steps))
     warmed = config.muon_warmup.done(step, progress)
     momentum = (1 - warmed) * config.muon_momentum_warmup_start + warmed * config.muon_momentum
     return Rates(multiplier, momentum)
@@ -3794,56 +4022,110 @@ def plan_windows(num_targets: int, seq_len: int, stride: int) -> tuple[np.ndarra
     return starts, np.where(starts == 0, 0, seq_len - stride)
 
 
-def window_batches(text: Validation, windows: tuple[int, int, int], runtime: Runtime):
-    """Yield this rank's windows in batches of one static shape per first scored position.
+def plan_documents(begins: np.ndarray, num_targets: int, length: int, stride: int):
+    """Return (starts, first scored positions, ends) of windows over documents that start at begins.
 
-    windows: (seq_len, stride, windows per batch). Batches are cut out of the text on the device;
-    the last one is filled up with windows past the end, which count nothing.
+    Each document is read as `plan_windows` reads a text; no window reaches past its document.
     """
-    (seq_len, stride, batch), num_targets = windows, len(text.target_bytes)
-    starts, first_scored = plan_windows(num_targets, seq_len, stride)
+    sizes = np.diff(begins, append=num_targets)
+    plans = [plan_windows(size, length, stride) for size in sizes.tolist()]
+    starts, firsts = (np.concatenate(parts) for parts in zip(*plans))
+    counts = [len(at) for at, _ in plans]
+    starts, ends = starts + np.repeat(begins, counts), np.repeat(begins + sizes, counts)
+    return starts, firsts, np.minimum(starts + length, ends)
+
+
+class Reading(NamedTuple):
+    """One forward of a plan: which targets its rows (B, T) ask for, and what lies in which row.
+
+    The row of a window begins at its start; a packed row holds several windows, one after another.
+    """
+
+    starts: np.ndarray  # of the windows
+    ends: np.ndarray
+    first: int = 0  # first scored position of each row
+    packed: bool = False  # all windows in one row
+
+
+def plan_readings(text: Validation, windows: tuple, runtime: Runtime) -> list[Reading]:
+    """Return this rank's part of a plan; windows: as Windows.
+
+    All forwards of one kind have one shape where they are compiled.
+    """
+    (length, stride, batch, by_documents), num_targets = Windows(*windows), len(text.target_bytes)
+    begins = document_starts(text.tokens[:-1]) if by_documents else np.zeros(1, np.int64)
+    starts, firsts, ends = plan_documents(begins, num_targets, length, stride)
     at, end = (len(starts) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
-    starts, first_scored = starts[at:end], first_scored[at:end]
-    tokens, _ = on_device(text, runtime.device)
-    place = torch.arange(seq_len, device=runtime.device)
-    for first in np.unique(first_scored).tolist():
-        group = starts[first_scored == first]
-        size = batch if runtime.compiles else min(batch, len(group))  # one shape: one graph
-        group = np.append(group, np.full(-len(group) % size, num_targets))
-        for some in group.reshape(-1, size):
-            where = torch.from_numpy(some).to(runtime.device)[:, None] + place
-            inside = where < num_targets
-            places = where.masked_fill(~inside, -1)[:, first:]
-            read = tokens[where.clamp(max=num_targets)].long() & 0xFFFF
-            yield Batch(read * inside, tokens[places + 1].long() & 0xFFFF, places)
+    starts, firsts, ends, readings = starts[at:end], firsts[at:end], ends[at:end], []
+    for first in np.unique(firsts).tolist():
+        mine = firsts == first
+        if first == 0 and by_documents:  # as many windows a row as there is room for
+            sizes, begin, used = (ends - starts)[mine].tolist(), 0, 0
+            for i, size in enumerate([*sizes, math.inf]):
+                if used + size > batch * length:
+                    some = slice(begin, i)
+                    readings.append(Reading(starts[mine][some], ends[mine][some], 0, True))
+                    begin, used = i, 0
+                used += size
+        else:
+            readings += [Reading(starts[mine][i:i + batch], ends[mine][i:i + batch], first)
+                         for i in range(0, mine.sum(), batch)]
+    return readings
+
+
+def read_batch(text: Validation, reading: Reading, windows: tuple, runtime: Runtime) -> Batch:
+    """Return the Batch of a reading, cut out of the text on the device.
+
+    Rows are filled up with what counts nothing, compiled batches to their one shape as well.
+    """
+    length, _, batch, _ = Windows(*windows)
+    (starts, ends, first, packed), tokens = reading, on_device(text, runtime.device)[0]
+    sizes, segments = ends - starts, None
+    if packed:
+        used = sizes.sum()
+        width = batch * length if runtime.compiles else used
+        begins = np.cumsum(sizes) - sizes
+        row = np.pad(np.arange(used) + np.repeat(starts - begins, sizes), (0, width - used),
+                     constant_values=-1)
+        where = torch.from_numpy(row[None]).to(runtime.device)
+        begins = np.append(begins, np.arange(used, width, length))  # the fill is cut as well
+        segments = filled([begins], width, runtime.compiles).to(runtime.device)
+    else:
+        fill = 0, (batch if runtime.compiles else len(starts)) - len(starts)
+        at, held = (torch.from_numpy(np.pad(x, fill)).to(runtime.device)[:, None]
+                    for x in (starts, sizes))
+        place = torch.arange(length, device=runtime.device)
+        where = (at + place).masked_fill(place >= held, -1)
+    read, places = tokens[where.clamp_min(0)].long() & 0xFFFF, where[:, first:]
+    return Batch(read * (where >= 0), tokens[places + 1].long() & 0xFFFF, places, segments,
+                 length if packed else 0)
 
 
 STRETCH_TOKENS = 1 << 18  # of forwards between two notes in the journal: what a kill may cost
 
 
-def score(losses_of, text: Validation, windows: tuple[int, int, int], runtime: Runtime,
+def score(losses_of, text: Validation, windows: tuple, runtime: Runtime,
           progress=None, journal=None) -> Score:
-    """Return the Score of a text. windows: (seq_len, stride, windows per forward).
+    """Return the Score of a text. windows: as Windows.
 
     losses_of(batch) -> nats (B, S) of its targets. Sums are float64, one for each unit of work, a
-    stretch of batches. journal: mapping of a unit to its nats, targets and bytes; what it holds is
-    not computed again.
+    stretch of forwards. journal: mapping of a unit to its nats, targets and bytes; what it holds
+    is not computed again.
     """
-    seq_len, stride, batch = windows
     journal = {} if journal is None else journal
-    _, sizes = on_device(text, runtime.device)
-    planned = len(plan_windows(len(text.target_bytes), seq_len, stride)[0]) // runtime.world_size
-    sums, done, since = torch.zeros(3, dtype=torch.float64), 0, time.perf_counter()
-    batches = window_batches(text, windows, runtime)
-    at_once = max(1, STRETCH_TOKENS // (batch * seq_len))
+    readings, (length, _, batch, _) = plan_readings(text, windows, runtime), Windows(*windows)
+    sums, since, sizes = torch.zeros(3, dtype=torch.float64), time.perf_counter(), None
+    at_once = max(1, STRETCH_TOKENS // (batch * length))
     with torch.inference_mode():
-        for unit, stretch in enumerate(iter(lambda: list(itertools.islice(batches, at_once)), [])):
+        for unit, at in enumerate(range(0, len(readings), at_once)):
             if unit not in journal:
-                journal[unit] = add_up([(losses_of(one), one.places) for one in stretch], sizes)
+                batches = [read_batch(text, reading, windows, runtime)
+                           for reading in readings[at:at + at_once]]
+                sizes = on_device(text, runtime.device)[1]
+                journal[unit] = add_up([(losses_of(one), one.places) for one in batches], sizes)
             sums += torch.tensor(journal[unit], dtype=torch.float64)
-            done += sum(len(one.tokens) for one in stretch)
             if progress:
-                progress(min(done, planned), max(1, planned), since)
+                progress(min(at + at_once, len(readings)), len(readings), since)
     total, *counts = runtime.sum_(sums).tolist()
     return Score(total, *map(int, counts))
 
@@ -3859,9 +4141,9 @@ def add_up(scored: list[tuple[Tensor, Tensor]], target_bytes: Tensor) -> list:
 # == 10 Train =====================================================================================
 
 def micro_batch_sequences(config: Config, world_size: int) -> int:
-    """Return windows per forward on one rank: its share split evenly within MICRO_BATCH_TOKENS."""
-    share = config.step_windows // world_size
-    return even_split(share, config.micro_batch_tokens // config.train_seq_len)
+    """Return rows per forward on one rank: its share split evenly within MICRO_BATCH_TOKENS."""
+    share = config.step_rows // world_size
+    return even_split(share, config.micro_batch_tokens // config.row_len)
 
 
 @dataclass
@@ -3873,6 +4155,7 @@ class TrainState:
     average: Any = None  # an Average, once warm-up is over
     phase: int = 0
     step: int = 0
+    changed: Any = None  # the step at which the training length last changed
 
     def views(self):
         """Yield (name, tensor to read or fill) of every weight and of its average."""
@@ -3884,9 +4167,9 @@ class TrainState:
         """Return weights, their average and all momenta by name; every rank must call it."""
         return self.optimizers.tensors() | {name: view.float() for name, view in self.views()}
 
-    def load(self, tensors: dict[str, Tensor], step: int, phase: int):
-        """Go on from what `tensors` gave."""
-        self.step, self.phase = step, phase
+    def load(self, tensors: dict[str, Tensor], header: dict, phase: int):
+        """Go on from what `tensors` gave, at the step its file's header tells."""
+        self.step, self.phase, self.changed = header["step"], phase, header["changed"]
         for name, view in self.views():
             view.copy_(tensors[name])
         self.optimizers.load(tensors)
@@ -3928,11 +4211,18 @@ class Trainer:
         optimizers.step(rates)
         return total / len(parts)
 
-    def synthetic(self, sequences: int, seq_len: int) -> Batch:
-        """Return rows of random tokens; data order and global RNG stay."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.config.vocab_size, (sequences, seq_len + 1), generator=generator)
-        return Batch.of_windows(ids.to(self.runtime.device))
+    def synthetic(self, rows: int, longest: int, parts: int = 1) -> Batch:
+        """Return training rows of random tokens, as `Loader.read`; data order and RNG stay."""
+        shape, config = (rows, self.config.row_len + 1), self.config
+        ids = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.uint16)
+        return batch_of_rows(ids, config, self.runtime, longest, parts)
+
+    def synthetic_text(self) -> Validation:
+        """Return random tokens that fill a forward of the evaluation."""
+        size = math.prod(self.config.whole_windows[1:3])
+        ids = np.random.default_rng(0).integers(self.config.vocab_size, size=size + 1)
+        return Validation(ids.astype(np.uint16), np.zeros(size, np.uint16), 0, "table", size, size,
+                          "")
 
     def warm_up(self):
         """Compile every graph, time each phase's step on synthetic text, then undo all of it."""
@@ -3941,15 +4231,15 @@ class Trainer:
         steps = max(config.warmup_steps, 2 * len(self.phases))
         turns = itertools.cycle(enumerate(self.phases))
         for step, (phase, (_, layout, seq_len)) in zip(range(1, steps + 1), turns):
-            batch = self.synthetic(config.step_windows // runtime.world_size, seq_len)
+            batch = self.synthetic(config.step_rows // runtime.world_size, seq_len)
             self.step_seconds[phase] = runtime.agree(
                 runtime.seconds_of(self.update, batch, layout, schedule(config, 0, 0.0)))
             if step <= 6 or step % 10 == 0 or step == steps:
                 self.log.event("warmup_step", step=step, steps=steps)
         if runtime.compiles:  # the evaluation graphs too, in the shape that validation uses
+            text, windows = self.synthetic_text(), config.whole_windows
             with torch.inference_mode():
-                batch = self.synthetic(config.eval_batch_windows, config.eval_seq_len)
-                batch = batch._replace(places=torch.zeros_like(batch.targets))
+                batch = read_batch(text, plan_readings(text, windows, runtime)[0], windows, runtime)
                 for phase in self.phases:
                     self.token_losses(batch, phase.layout)
         for dtype, flat in optimizers.bank.weights.items():
@@ -3980,14 +4270,15 @@ class Trainer:
                     pacer.expect(self.step_seconds[phase])
                 last = state.step >= config.iterations or not pacer.fits()
                 if phase != state.phase and not last:  # else an order never trained were scored
-                    state.phase = phase
-                    log.event("recurrence", step=state.step, order=list(self.layout.order))
+                    self.enter(phase)
                 if last or (every and state.step % every == 0):
                     self.validate(validation, elapsed)
                 if last:
                     break
-                rates = schedule(config, state.step, progress)
-                loss = self.update(loader.batch(state.step), self.layout, rates)
+                since = math.inf if state.changed is None else state.step - state.changed
+                rates = schedule(config, state.step, progress, since)
+                batch = loader.batch(state.step, self.phases[state.phase].seq_len)
+                loss = self.update(batch, self.layout, rates)
                 state.average.update()
                 state.step += 1
                 log.progress("training", round(1000 * progress), 1000, began)
@@ -3998,6 +4289,16 @@ class Trainer:
         if state.step < config.iterations:
             log.event("stopping_early", train_time_ms=1000 * clock.training_seconds(),
                       step=state.step, iterations=config.iterations)
+
+    def enter(self, phase: int):
+        """Go over to a phase, saying what changes with it."""
+        state, old, new = self.state, self.phases[self.state.phase], self.phases[phase]
+        state.phase = phase
+        if new.layout != old.layout:
+            self.log.event("recurrence", step=state.step, order=list(new.layout.order))
+        if new.seq_len != old.seq_len:
+            state.changed = state.step
+            self.log.event("length", step=state.step, tokens=new.seq_len)
 
     def due_phase(self, progress: float) -> int:
         """Return the phase that this step belongs to; none is ever gone back to."""
@@ -4034,7 +4335,8 @@ class Trainer:
         state, self.saved_seconds = self.state, elapsed
         with self.clock.span("checkpoint"):
             header = dict(kind="checkpoint", step=state.step, training_seconds=elapsed,
-                          order=list(self.layout.order))
+                          order=list(self.layout.order), changed=state.changed,
+                          seq_len=self.phases[state.phase].seq_len)
             try:
                 self.runtime.first(write_tensors, path, header, state.tensors())
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
@@ -4163,7 +4465,7 @@ def collect_fisher(model: GPT, batch: Batch, layout: Layout, wanted,
 
 
 class Calibration:
-    """What the step rule needs to know of the weights, from training windows, split over ranks."""
+    """What the step rule needs to know of the weights, from training rows, split over ranks."""
 
     GRADIENT_TOKENS = 16_384  # of a backward at most: it holds several copies of the logits
 
@@ -4172,18 +4474,20 @@ class Calibration:
         rule = STEP_RULES[config.rule](config)
         self.gradients, self.wanted = rule.gradients, rule.statistics()
         tokens = min(config.micro_batch_tokens, self.GRADIENT_TOKENS if rule.gradients else 1 << 32)
-        self.eighth = max(1, config.step_windows // 8)  # of a step: what one batch counts here
-        self.sequences = even_split(self.eighth, tokens // config.train_seq_len)
-        self.batch_seconds = 0.0
+        self.eighth = max(1, config.step_rows // 8)  # of a step: what one batch counts here
+        self.rows = even_split(self.eighth, tokens // config.row_len)
+        # long rows are cut into shorter ones, a forward each
+        self.parts = config.row_len // even_split(config.row_len, tokens) if config.doc_mask else 1
+        self.batch_seconds, self.longest = 0.0, phases(config)[-1].seq_len
 
     def shares(self) -> list[tuple[int, int]]:
         """Return (position in the training order, count) of each batch of this rank."""
-        size, total = self.sequences, self.config.calibration_windows
+        size, total = self.rows, self.config.calibration_rows
         shares = [(at, min(size, total - at)) for at in range(0, total, size)]
-        if self.config.hessian_ranks == "all":  # consecutive windows
+        if self.config.hessian_ranks == "all":  # consecutive rows
             return shares[self.runtime.rank::self.runtime.world_size]
         # PR #1471: rank 0's eighth of each of the first training batches, read by rank 0 alone
-        step = self.config.step_windows
+        step = self.config.step_rows
         return [(at // self.eighth * step + at % self.eighth, count) for at, count in shares
                 if self.runtime.rank == 0]
 
@@ -4197,13 +4501,17 @@ class Calibration:
 
     def collect(self, layout: Layout, batch: Batch, position: int) -> dict[str, Tensor]:
         """Return the sums of one batch at a position of the training order."""
-        if self.gradients:
-            return collect_fisher(self.model, batch, layout, self.wanted,
-                                  self.config.seed + position)
-        return collect_inputs(self.model, batch, layout, self.wanted)
+        sums: dict[str, Tensor] = {}
+        for i, part in enumerate(batch.split(len(batch.tokens) if self.parts == 1 else 1)):
+            found = (collect_fisher(self.model, part, layout, self.wanted,
+                                    self.config.seed + position * self.parts + i)
+                     if self.gradients else collect_inputs(self.model, part, layout, self.wanted))
+            sums = {name: sums[name] + value if name in sums else value
+                    for name, value in found.items()}
+        return sums
 
     def measure(self, layout: Layout, batch: Batch):
-        """Time one batch of synthetic windows."""
+        """Time one batch of synthetic rows."""
         for _ in range(2):  # the first one warms the library up
             seconds = self.runtime.seconds_of(self.collect, layout, batch, 0)
         self.batch_seconds = self.runtime.agree(seconds)
@@ -4225,9 +4533,10 @@ class Calibration:
                 break
             if done < len(shares):
                 at, count = shares[done]
-                for name, value in self.collect(layout, loader.read(at, count), at).items():
+                batch = loader.read(at, count, self.longest, self.parts)
+                for name, value in self.collect(layout, batch, at).items():
                     sums[name] += value
-                tokens += count * self.config.train_seq_len
+                tokens += batch.tokens.numel()
         total = self.runtime.sum_(torch.tensor(tokens, dtype=torch.float64)).item()
         return {name: self.runtime.sum_(value) / total for name, value in sums.items()}
 
@@ -4290,15 +4599,19 @@ def take_inputs(config: Config, judged: bool = True) -> tuple[Inputs, list[str]]
             found.update(text=text, tokenizer_sha256=tokenizer)
             if "train" in config.text:
                 files = find_shards(config.shard_dir, "train")
-                shards = ShardSet(files, config.train_seq_len)
+                shards, row = ShardSet(files, config.row_len), row_name(config)
                 found.update(shards=shards, train_sha256=fingerprint(files))
-                warnings += [f"{path.name}: holds no window of TRAIN_SEQ_LEN tokens" for path, count
+                warnings += [f"{path.name}: holds no row of {row} tokens" for path, count
                              in zip(files, np.diff(shards.first)) if not count]
                 faults = training_faults(config, files) if judged else []
                 if not shards.num_windows:
                     faults = [f"DATA_PATH={config.shard_dir}: {shards.num_tokens} training tokens "
-                              f"are less than one window of TRAIN_SEQ_LEN={config.train_seq_len}; "
-                              "lower it or bring more text"]
+                              f"are less than one row of {row}={config.row_len}; lower it or "
+                              "bring more text"]
+            if config.packs and BOS_ID not in text.tokens:
+                faults.append(f"DATA_PATH={config.shard_dir}: no token {BOS_ID} (BOS) in the "
+                              "validation text: nothing tells its documents apart; use DOC_MASK=0 "
+                              "EVAL_PLAN=windows, or shards whose documents begin with it")
             found.update(warnings=(*text.warnings, *warnings))
     except (ValueError, OSError) as error:
         faults = [str(error)]
@@ -4422,10 +4735,10 @@ def package_faults(config: Config) -> list[str]:
 
 def device_faults(config: Config, runtime: Runtime) -> list[str]:
     """Return faults between the settings and the number of ranks."""
-    if config.runs("train") and config.step_windows % runtime.world_size:
-        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the "
-                f"{config.step_windows} windows of a step (TRAIN_BATCH_TOKENS="
-                f"{config.train_batch_tokens} / TRAIN_SEQ_LEN={config.train_seq_len})"]
+    if config.runs("train") and config.step_rows % runtime.world_size:
+        return [f"nproc_per_node: {runtime.world_size} ranks do not divide the {config.step_rows} "
+                f"rows of a step (TRAIN_BATCH_TOKENS={config.train_batch_tokens} / "
+                f"{row_name(config)}={config.row_len})"]
     return []
 
 
@@ -4486,10 +4799,14 @@ def saved_activation_bytes(config: Config, runtime: Runtime) -> int:
     with FakeTensorMode(), torch.device("cpu"):
         model = GPT(config, dtype=runtime.compute_dtype)
         sequences = micro_batch_sequences(config, runtime.world_size)
-        rows = torch.zeros(sequences, config.train_seq_len + 1, dtype=torch.int64)
+        batch = Batch.of_windows(torch.zeros(sequences, config.row_len + 1, dtype=torch.int64))
+        if config.doc_mask:  # about as many segments as there will be
+            longest = config.train_seq_len
+            begins = torch.zeros(sequences, config.row_len // longest + 2, dtype=torch.int64)
+            batch = batch._replace(segments=begins, longest=longest)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.mean_loss(Batch.of_windows(rows), phases(config)[-1].layout)
+            model.mean_loss(batch, phases(config)[-1].layout)
     return sum(storage.nbytes() for key, storage in seen.items() if key not in weights)
 
 
@@ -4524,7 +4841,7 @@ def forecast_faults(config: Config, runtime: Runtime, report: dict) -> list[str]
     have, need = runtime.memory_bytes() >> 20, report["peak_mib"]
 
     def remedy(name, share):
-        tokens = int(getattr(config, name) * share) // config.train_seq_len * config.train_seq_len
+        tokens = int(getattr(config, name) * share) // config.row_len * config.row_len
         lower = f"lower it to {tokens}, or " if tokens else ""
         return f"{name.upper()}={getattr(config, name)}: {lower}try a smaller model (PRESET=demo): "
 
@@ -4624,6 +4941,10 @@ def describe_data(session: Session):
         scored = len(text.target_bytes)
         log.event("val_data", scored_tokens=scored)
         log.event("val_name", name=text.name)
+        documents = len(document_starts(text.tokens[:-1]))
+        log.event("eval_plan", plan=session.config.eval_plan, length=session.config.eval_seq_len,
+                  documents=documents)
+        session.facts.update(eval_plan=session.config.eval_plan)
         log.event("val_counts", scored_tokens=scored, all_tokens=text.all_targets,
                   legacy_tokens=text.legacy_targets, scored_bytes=int(text.target_bytes.sum()),
                   table_bytes=text.table_bytes, denominator=text.denominator, sha256=text.sha256)
@@ -4645,13 +4966,16 @@ def describe_phases(session: Session, trainer: Trainer, budget: float):
     steps, step_seconds = session.config.iterations, trainer.step_seconds[0]
     if budget and step_seconds:
         steps = min(steps, int(budget / step_seconds))
-    for (start, frac), layout, _ in trainer.phases[1:]:
+    for before, ((start, frac), layout, length) in itertools.pairwise(trainer.phases):
         never = start >= steps if frac is None else frac >= 1
         when = f"at step {start} of about {steps}" if frac is None else f"at {frac:g} of the run"
         if never:
             when = f"NEVER ({when}); set RECUR_START_FRAC below 1 to have it"
-        session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
-                          order=list(layout.order))
+        if layout != before.layout:
+            session.log.event("recurrence_plan", text_when=when, never=never, expected_steps=steps,
+                              order=list(layout.order))
+        if length != before.seq_len:
+            session.log.event("length_plan", text_when=when, tokens=length)
 
 
 def describe_artifact(session: Session, quantizer: Quantizer, multiplier: float, size: int) -> dict:
@@ -4754,9 +5078,10 @@ def leave(session: Session, trainer: Trainer, kind: str, tensors: dict[str, Tens
 
 def phase_of(header: dict, config: Config, origin) -> int:
     """Return the phase a file was made in; ContainerError where its settings give no such."""
-    orders = [list(phase.layout.order) for phase in phases(config)]
-    if header["order"] in orders:
-        return orders.index(header["order"])
+    for number, phase in reversed([*enumerate(phases(config))]):
+        if (list(phase.layout.order) == header["order"]
+                and phase.seq_len == header.get("seq_len", phase.seq_len)):
+            return number
     raise ContainerError(f"{origin}: layer order {header['order'][:99]} is not one its settings "
                          "give; make the file again")
 
@@ -4778,7 +5103,7 @@ def resume_training(session: Session, trainer: Trainer) -> bool:
             state.step, state.phase = step, phase
             state.model.load_state_dict(tensors)
         else:
-            state.load(tensors, step, phase)
+            state.load(tensors, header, phase)
             session.clock.seconds["train"] = header["training_seconds"]
             trainer.last_checkpoint = f"{path} of step {step}"
     except (KeyError, RuntimeError) as error:
@@ -4807,7 +5132,7 @@ def warm_up_and_budget(session: Session, trainer: Trainer, calibration) -> float
     if config.warmup_steps:
         trainer.warm_up()
     if budget and calibration:
-        batch = trainer.synthetic(calibration.sequences, config.train_seq_len)
+        batch = trainer.synthetic(calibration.rows, calibration.longest, calibration.parts)
         calibration.measure(trainer.phases[-1].layout, batch)
         reserve = calibration.reserve_seconds()
         log.event("reserve_measured", batch_seconds=calibration.batch_seconds,

@@ -237,7 +237,7 @@ def free(bench: Bench):
 def step(bench: Bench):
     """Whole steps at both depths: ours and plain."""
     free(bench)
-    batch = bench.windows(bench.config.step_windows)
+    batch = bench.windows(bench.config.step_rows)
     sides: dict[str, Ours | Plain] = {}
     for name, side in (("ours", Ours), ("plain", Plain)):
         sides[name] = side(bench)
@@ -262,7 +262,7 @@ def step(bench: Bench):
 def overlay(bench: Bench):
     """Losses of both sides from one start, on the same windows, the depth switched half-way."""
     free(bench)
-    steps, per_step = 10 if bench.tiny else 200, bench.config.step_windows
+    steps, per_step = 10 if bench.tiny else 200, bench.config.step_rows
     ours, other = Ours(bench), Plain(bench)
     other.model.load_state_dict(ours.model.state_dict())
     batches, far = bench.windows(4 * per_step).split(per_step), []
@@ -282,7 +282,7 @@ def memory(bench: Bench):
     if bench.device.type != "cuda":
         bench.tell("memory", skipped="on a CPU the process has one peak for all")
         return
-    batch = bench.windows(bench.config.step_windows)
+    batch = bench.windows(bench.config.step_rows)
     for name, side in (("ours", Ours), ("plain", Plain)):
         free(bench)
         one = side(bench)
@@ -471,7 +471,7 @@ def candidates(bench: Bench):
         bench.tell("candidates", skipped="they need a GPU, or TRITON_INTERPRET=1 with --tiny")
         return
     free(bench)
-    batch, layout = bench.windows(bench.config.step_windows), bench.layouts["after"]
+    batch, layout = bench.windows(bench.config.step_rows), bench.layouts["after"]
     base = Ours(bench)
     alone = [] if bench.tiny else [[name] for name in CANDIDATES]  # the interpreter is slow
     for names in ([], list(CANDIDATES), *alone):

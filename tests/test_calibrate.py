@@ -230,7 +230,7 @@ BIG = dict(step_rule="sdclip", train_batch_tokens=192, micro_batch_tokens=16,
 class Windows:
     """Stands in for Loader: the window at a position is the same for every reader."""
 
-    def read(self, start, count):
+    def read(self, start, count, *_):
         config = toy_config()
         rows = [random_tokens(config, 1, 9, seed=start + i) for i in range(count)]
         return Batch.of_windows(torch.cat(rows))

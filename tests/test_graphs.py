@@ -11,7 +11,17 @@ from conftest import read_events
 from toys import layouts_of, random_model, random_tokens, steady, toy_config  # noqa: F401
 
 import train_gpt
-from train_gpt import Batch, Clock, Log, Optimizers, Runtime, Span, Trainer, TrainState
+from train_gpt import (
+    Batch,
+    Clock,
+    Log,
+    Optimizers,
+    Runtime,
+    Trainer,
+    TrainState,
+    batch_of_rows,
+    schedule,
+)
 
 WATCH = "import watch_graphs; watch_graphs.install(train_gpt)\n"
 # Two layers, one of them twice; two forwards a step; a validation on each side of the switch and
@@ -69,7 +79,7 @@ def test_the_runs_did_what_they_are_to_show(whole, resumed):
         assert kinds["recurrence"] == 1 and kinds["val"] >= 3 and kinds["collected"] == 1
         assert kinds["sliding"] == 1 and kinds["resumed"] == (run is resumed)
         sequences = train_gpt.micro_batch_sequences(run.config, 1)
-        assert sequences < run.config.step_windows, "several forwards a step"
+        assert sequences < run.config.step_rows, "several forwards a step"
         windows = -(-run.events[-1]["val_tokens"] // run.config.eval_seq_len)
         assert windows % run.config.eval_batch_windows, "a partial batch"
     assert whole.events[-1]["stream_bpb"] > 0
@@ -136,15 +146,20 @@ def trainer_of(**changes):
     return Trainer(state, config, runtime, Log(False), Clock())
 
 
-def test_a_length_counts_as_a_layout_does(watch):
-    """A layout's graph serves all phases of that length; without recurrence there is but one."""
-    trainer = trainer_of(num_layers=1, recur_layers=(), parallel_start_layer=0, ve_layers=(0,))
-    first, = trainer.phases
-    trainer.phases = [first, first._replace(start=Span(1), seq_len=4),
-                      first._replace(start=Span(3))]
-    trainer.step_seconds = [0.0] * 3
+def test_a_layouts_graph_serves_every_length_of_a_schedule(watch):
+    """The graphs of packed rows and documents: none is compiled after warm-up."""
+    trainer = trainer_of(doc_mask=True, row_tokens=32, recur_start_frac=0.5, eval_plan="documents",
+                         train_seq_schedule=("2@0.2", "4@0.7", "8@1"), sliding_window_enabled=False)
+    assert [(phase.seq_len, len(phase.layout.steps)) for phase in trainer.phases] == [
+        (2, 2), (4, 2), (4, 3), (8, 3)]
     trainer.warm_up()
-    assert Counter(row["function"] for row in watch.rows()) == dict(mean_loss=2, token_losses=1)
+    warm = Counter(row["function"] for row in watch.rows())
+    assert warm == dict(mean_loss=2, token_losses=2)
+    for seed, phase in enumerate(trainer.phases):
+        ids = random_tokens(trainer.config, 2, 33, seed).numpy().astype("uint16")
+        batch = batch_of_rows(ids, trainer.config, trainer.runtime, phase.seq_len)
+        trainer.update(batch, phase.layout, schedule(trainer.config, 0, 0.0))
+    assert Counter(row["function"] for row in watch.rows()) == warm
 
 
 def test_the_watch_sees_tables_in_a_graph(watch):

@@ -438,7 +438,7 @@ def test_average_follows_the_reference_in_fp32(dtype):
 class Windows:
     """Stands in for Loader: the same random windows for every reader of a step."""
 
-    def batch(self, step):
+    def batch(self, step, longest=0):
         return Batch.of_windows(random_tokens(toy_config(), 8, 9, seed=step))
 
 

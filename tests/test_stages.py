@@ -464,7 +464,7 @@ def test_world_size_that_does_not_divide_is_refused(tiny_env, tmp_path):
                       nproc=2)
     assert done.rc != 0 and snapshot(tmp_path) == {}
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "2 ranks do not divide the 15 windows" in said[0]
+    assert len(said) == 1 and "2 ranks do not divide the 15 rows" in said[0]
     assert str(SCRIPT) + '", line' not in done.stderr, "no traceback of the script"
 
 
@@ -742,7 +742,7 @@ def test_a_byte_sidecar_of_another_length_is_refused(tiny_env, data_copy, tmp_pa
 def test_less_text_than_a_window_is_refused(tiny_env, tmp_path):
     done = run_here({**tiny_env, "TRAIN_SEQ_LEN": 65_536, "TRAIN_BATCH_TOKENS": 65_536,
                      "MICRO_BATCH_TOKENS": 65_536}, tmp_path)
-    assert_refused(done, tmp_path, "TRAIN_SEQ_LEN=65536", "less than one window")
+    assert_refused(done, tmp_path, "TRAIN_SEQ_LEN=65536", "less than one row")
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -58,10 +58,10 @@ class Windows:
     def __init__(self, config):
         self.config = config
 
-    def batch(self, step):
+    def batch(self, step, longest=0):
         length = self.config.train_seq_len + 1
         return train_gpt.Batch.of_windows(
-            random_tokens(self.config, self.config.step_windows, length, seed=step))
+            random_tokens(self.config, self.config.step_rows, length, seed=step))
 
 
 def trainer_of(config):

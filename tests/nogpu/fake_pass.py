@@ -33,14 +33,16 @@ SMALL = dict(
     ve_dim=5, parallel_start_layer=1, xsa_last_n=1, train_batch_tokens=400, micro_batch_tokens=200,
     val_batch_tokens=1600, fp16_max_numel=10, warmup_steps=2)
 FRONTIER = dict(ve_enabled=False, lane_routing="learned", skip_rows="orders", attn_gate="sparse",
-                smear_gate=True, ns_coefficients="polar")
+                smear_gate=True, ns_coefficients="polar", doc_mask=True, row_tokens=100,
+                train_seq_schedule=("10@0.1", "20@1"), recur_start_frac=0.35,
+                eval_plan="documents")
 FULL = dict(warmup_steps=2, train_batch_tokens=2 * 98304, micro_batch_tokens=98304)
 SPAN = 6  # rows of a trellis at once: an eighth of the script's, and of its operators
 # Faults planted in the script's text: name -> (part that shows it, the text, what stands there).
 MUTANTS = {
     "a table on the host": (
-        "step", "tables = self.tables[length] if length in self.tables",
-        "tables = [t.cpu() for t in self.tables[length]] if length in self.tables"),
+        "step", "tables: Any = self.tables[length] if length in self.tables",
+        "tables: Any = [t.cpu() for t in self.tables[length]] if length in self.tables"),
     "a mask on the host": ("stream", "later = torch.arange(q.shape[1], device=q.device)",
                            "later = torch.arange(q.shape[1])"),
     "an identity on the host": (
@@ -217,7 +219,7 @@ class Pass:
         return "cuda", self.state.optimizers.bank.weights
 
     def read(self):
-        loader = self.t.Loader(Shards(self.config.train_seq_len), self.config, self.runtime)
+        loader = self.t.Loader(Shards(self.config.row_len), self.config, self.runtime)
         self.batch = loader.read(0, loader.per_rank)
         return "cuda", self.batch
 
@@ -238,7 +240,7 @@ class Pass:
 
     def checkpoint(self):
         saved = {name: torch.empty(x.shape) for name, x in self.state.tensors().items()}
-        self.state.load(saved, 1, 1)
+        self.state.load(saved, dict(step=1, changed=None), 1)
         self.state.average.apply()
         return "cuda", self.state.tensors()
 
@@ -280,7 +282,7 @@ class Pass:
         """Return the statistics of one batch, which are held against what the rule asks for."""
         calibration = self.t.Calibration(
             self.model, dataclasses.replace(self.config, **changes), self.runtime)
-        batch = self.batch.split(calibration.sequences)[0]
+        batch = self.batch.split(calibration.rows)[0]
         found = calibration.collect(self.trainer.layout, batch, 0)
         shapes = {name: tuple(value.shape) for name, value in found.items()}
         assert shapes == calibration.wanted, f"{shapes} where {calibration.wanted} is asked for"

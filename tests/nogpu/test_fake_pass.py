@@ -19,12 +19,12 @@ CODING = {"factor_hessians", "__init__"}, {"__init__", "stack", "factor_hessians
 BY_FISHER = CODING[0] | {"plan"}, CODING[1] | {"steps_from_codes"}
 BY_TRELLIS = BY_FISHER[0], BY_FISHER[1] | {"couple_rows", "trellis_tables"}
 LISTED = dict(
-    build=(set(), {"init_weights"}), trainer=(set(), set()), read=(set(), {"read"}),
+    build=(set(), {"init_weights"}), trainer=(set(), set()), read=(set(), {"batch_of_rows"}),
     step=(set(), set()), report=({"report", "check_gradients"}, {"report"}),
-    checkpoint=(set(), {"load"}), warm_up=(set(), {"synthetic"}),
-    score=({"add_up"}, {"on_device", "window_batches"}),
-    stream=({"add_up"}, {"on_device", "window_batches"}),
-    attention=({"attention_error"}, {"attention_inputs"}),
+    checkpoint=(set(), {"load"}), warm_up=(set(), {"batch_of_rows"}),
+    score=({"add_up"}, {"on_device", "read_batch"}),
+    stream=({"add_up"}, {"on_device", "read_batch"}),
+    attention=({"attention_error"}, {"attention_inputs", "trial_cut"}),
     collect_fisher=({"collect_fisher"}, set()), collect_inputs=(set(), set()),
     quantize_trellis=BY_TRELLIS, quantize_scalar=BY_FISHER,
     quantize_plain_tables=(BY_FISHER[0], BY_FISHER[1] | {"codes", "trellis_tables"}),
