@@ -181,6 +181,8 @@ PRESETS = {
         MICRO_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=256 EVAL_SEQ_LEN=256 NUM_LAYERS=6 MODEL_DIM=128
         NUM_HEADS=4 NUM_KV_HEADS=2 XSA_LAST_N=6 VE_LAYERS=4,5 VE_DIM=32 RECUR_LAYERS=2,3
         PARALLEL_START_LAYER=4 RECUR_START_FRAC=0.35 MUON_MOMENTUM_WARMUP_FRAC=0.3 WARMUP_STEPS=2
+        ATTN_GATE=sparse SMEAR_GATE=1 LANE_ROUTING=learned DOC_MASK=1 ROW_TOKENS=2048
+        EVAL_PLAN=documents
         EMA_DECAY=0.95 TRAIN_LOG_EVERY=20 VAL_LOSS_EVERY=100 VAL_BATCH_TOKENS=65536
         FP16_MAX_NUMEL=4096 PREQUANT_SLIDING=1 ARTIFACT_MAX_BYTES=785000""",
 }
@@ -327,9 +329,35 @@ class Config:
     stream_windows: int = knob(8, "EVAL_SEQ_LENs in a stretch of EVAL_MODE=stream", 2, 1024)
     score_tail: bool = knob(True, "score the tail after the last whole window; 0: PR #1471")
     val_batch_tokens: int = knob(524_288, "8 times the tokens of a forward", 1, 1 << 32)
+    ttt: str = knob("auto", "test-time training, each score before the step that learns from it: "
+                    "sgd on all weights, lora by document; auto: sgd if TTT_ENABLED=1",
+                    choices=("auto", "none", "sgd", "lora"))
+    ttt_enabled: bool = knob(False, "1: TTT=sgd, as published scripts mean it")
+    ttt_lr: float | None = knob(None, "auto: 0.002 for sgd (PR #549), 7.5e-5 for lora (#2014)", 0)
+    ttt_epochs: int = knob(3, "of sgd over a scored chunk; PR #549", 1, 1000)
+    ttt_chunk_tokens: int = knob(32_768, "targets of a chunk of sgd", 1, 1 << 30)
+    ttt_batch_seqs: int = knob(32, "sequences of a step of sgd, all ranks", 1, 1 << 20)
+    ttt_momentum: float = knob(0.9, "of sgd", 0, 0.9999999)
+    ttt_grad_clip: float = knob(1.0, "of sgd: global L2 norm at most; 0: off", 0)
+    ttt_freeze_blocks: int = knob(0, "first blocks that sgd leaves as they are", 0, 1024)
+    ttt_places: tuple[str, ...] = knob(("k", "o", "mlp", "head"), "lora: of q, k, v, o, mlp, head; "
+                                       "PR #2014")
+    ttt_rank: int = knob(80, "of lora's adapters", 1, 8192)
+    ttt_alpha: float = knob(144.0, "lora: adapters count TTT_ALPHA / TTT_RANK", 0)
+    ttt_betas: tuple[float, ...] = knob((0.0, 0.99), "of lora's AdamW")
+    ttt_wd: float = knob(0.5, "weight decay of lora's AdamW", 0)
+    ttt_chunks: tuple[str, ...] = knob(("256:8", "2000:24", "48"), "lora: TOKENS:CHUNK list, "
+                                       "targets of a chunk in documents up to so many tokens")
+    ttt_batch_docs: int = knob(24, "lora: documents at once", 1, 65_536)
+    ttt_warm_a: bool = knob(False, "lora: inner halves go on from batch to batch; then documents "
+                                   "depend on each other")
+    ttt_max_seconds: float = knob(400.0, "for test-time training: chunks grow to fit; 0: none", 0)
 
     del knob
 
+    adapts = property(lambda c: ("sgd" if c.ttt_enabled else "none") if c.ttt == "auto" else c.ttt)
+    ttt_rate = property(lambda c: c.ttt_lr if c.ttt_lr is not None
+                        else 0.002 if c.adapts == "sgd" else 7.5e-5)
     head_dim = property(lambda c: c.model_dim // c.num_heads)
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
@@ -397,7 +425,8 @@ BEATEN_BY = dict(
     recur_layers="virtual_order", muon_momentum_warmup_steps="muon_momentum_warmup_frac")
 # Settings younger than artifacts that can be read -> what a file without them was made with.
 SINCE = dict(skip_rows="depth", attn_gate="none", gate_window=12, attn_gate_scale=0.5,
-             smear_gate=False, lane_routing="scalar", eval_plan="windows")
+             smear_gate=False, lane_routing="scalar", eval_plan="windows", ttt="none",
+             **{name: KNOBS[name].default for name in KNOBS if name.startswith("ttt_")})
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
 WITHOUT_EFFECT = {
@@ -410,8 +439,7 @@ WITHOUT_EFFECT = {
 # Names of other published systems and of modes not built -> the one value that describes this
 # script; a bare "NAME=" has none and must stay unset.
 NEUTRAL = dict(pair.split("=") for pair in """
-    TTT_ENABLED=0 TTT_LR=0.002 TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=0
-    TTT_MOMENTUM=0.9 TTT_BATCH_SEQS=32 TTT_GRAD_CLIP=1.0 TIE_EMBEDDINGS=1 LR_FLOOR=0
+    TIE_EMBEDDINGS=1 LR_FLOOR=0
     TTT_POLYAK_DECAY=0.998 PREQUANT_TTT_ENABLED=0 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8
     HEDGE_ENABLED=0 G1_GATING=0 LAWA_ENABLED=0 LAWA_K=5 LAWA_FREQ=50 MUON_EQ_R=1 WARMDOWN_ITERS=
     GPTQ_CALIB_BATCHES= GPTQ_DAMP=0.01 GPTQ_BLOCK_SIZE=128 BIGRAM_VOCAB_SIZE=0 BIGRAM_DIM=128
@@ -420,7 +448,7 @@ NEUTRAL = dict(pair.split("=") for pair in """
     VALUE_RESIDUAL=0 CROWN_Q_ENABLED=0 CROWN_Q_LAMBDA=0.01 SOFT_ROUND_QAT=0 HADAMARD_ROTATION=0
     MIXED_BITWIDTH=0 PREQUANT_TTT=0 PREQUANT_TTT_LR=0.0001 PREQUANT_TTT_EPOCHS=3 TTT_OPTIMIZER=sgd
     TTT_NESTEROV=0 TTT_LR_FLOOR=0.1 TTT_TEMPERATURE=1 NGRAM_ENABLED=0 GPTQ_FULL_HESSIAN=1
-    SKIP_QUANTIZE=0 SKIP_COMPILE=0 TTT_MAX_DOCS=0 TTT_MIN_DOC_LEN=32 TTT_RANK=8 TTT_CHUNK_SIZE=256
+    SKIP_QUANTIZE=0 SKIP_COMPILE=0 TTT_MAX_DOCS=0 TTT_MIN_DOC_LEN=32 TTT_CHUNK_SIZE=256
     EMBEDDING_DIM=MODEL_DIM
     """.split())
 
@@ -485,6 +513,14 @@ def combination_rules(c: Config) -> list[tuple]:
          or c.recurrent_order == c.base_order, "train_seq_schedule",
          "needs RECUR_START_FRAC: the start of recurrence as a share of the run too"),
         (c.eval_mode == "exact" or not c.by_documents, "eval_mode", "needs EVAL_PLAN=windows"),
+        (not c.ttt_enabled or c.ttt in ("auto", "sgd"), "ttt_enabled", "means TTT=sgd: unset it"),
+        (c.adapts != "lora" or c.by_documents, "ttt", "adapts to documents: EVAL_PLAN=documents"),
+        (set(c.ttt_places) <= {"q", "k", "v", "o", "mlp", "head"}, "ttt_places",
+         "must be some of q, k, v, o, mlp, head"),
+        (len(c.ttt_betas) == 2 and all(0 <= beta < 1 for beta in c.ttt_betas), "ttt_betas",
+         "must be two numbers from 0 to below 1"),
+        (chunk_rule(c), "ttt_chunks", "must be TOKENS:CHUNK with commas between, rising, and the "
+         "CHUNK of all longer documents, as in 256:8,2000:24,48"),
         (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
         (c.virtual_order or block, "recur_layers",
          "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
@@ -519,6 +555,18 @@ def follows_lengths(c: Config) -> bool:
     return False
 
 
+def chunk_rule(c: Config) -> list[tuple[float, int]]:
+    """Return TTT_CHUNKS as (tokens of a document at most, chunk); [] if it is no such rule."""
+    with contextlib.suppress(ValueError):
+        parts = [part.split(":") for part in c.ttt_chunks]
+        rule = [(float(limit[0]) if limit else math.inf, int(chunk)) for *limit, chunk in parts]
+        limits = [limit for limit, _ in rule]
+        if rule and limits == sorted(set(limits)) and limits[-1] == math.inf and all(
+                chunk > 0 for _, chunk in rule):
+            return rule
+    return []
+
+
 SWITCHES = {"0": 0, "false": 0, "1": 1, "true": 1}
 
 
@@ -538,7 +586,7 @@ def parse_setting(text: str, kind):
             return int(text)
         if kind.startswith("tuple"):
             items = [part.strip() for part in text.split(",") if part.strip()]
-            return tuple(items if "str" in kind else map(int, items))
+            return tuple(items if "str" in kind else map(float if "float" in kind else int, items))
         if math.isfinite(number := float(text)):
             return number
     expected = {"int": "a whole number", "float": "a finite number", "bool": "0 or 1"}
@@ -720,6 +768,11 @@ def idle_settings(c: Config) -> list[tuple]:
         (c.virtual_order, "VIRTUAL_ORDER", "RECUR_LAYERS"),
         (not c.doc_mask, "DOC_MASK=0", "ROW_TOKENS"),
         (not c.train_seq_schedule, "a constant TRAIN_SEQ_LEN", "SEQ_CHANGE_WARMUP_STEPS"),
+        (c.adapts == "none", "TTT=none", "TTT_LR TTT_MAX_SECONDS"),
+        (c.adapts != "sgd", f"TTT={c.adapts}", "TTT_EPOCHS TTT_CHUNK_TOKENS TTT_BATCH_SEQS "
+         "TTT_MOMENTUM TTT_GRAD_CLIP TTT_FREEZE_BLOCKS"),
+        (c.adapts != "lora", f"TTT={c.adapts}", "TTT_PLACES TTT_RANK TTT_ALPHA TTT_BETAS TTT_WD "
+         "TTT_CHUNKS TTT_BATCH_DOCS TTT_WARM_A"),
         (c.recur_start.frac is not None, "RECUR_START_FRAC", "RECUR_START_STEP"),
         (c.muon_warmup.frac is not None, "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM_WARMUP_STEPS"),
     ]
@@ -1206,6 +1259,9 @@ EVENTS = {
     "roundtrip": "final_int6_roundtrip " + SCORE_FORM,
     "sliding": "final_int6_sliding_window " + SCORE_FORM,
     "stream": "final_int6_stream " + SCORE_FORM,
+    "ttt_plan": "ttt: {documents} documents, chunks times {growth}, {tokens_per_target:.1f} tokens "
+                "forwarded a target, about {expected_seconds:.0f}s; linked: {linked}",
+    "ttt": "{text_form} " + SCORE_FORM,
     "ledger": "ledger: {text_spans}",
     "verdict": "verdict: {rule} {outcome} ({value:.10g} of {limit:.10g} {unit})",
     "interrupted": "stopped by {signal}: what was finished is in {folder}; go on with RESUME=1 "
@@ -1519,7 +1575,8 @@ class Batch(NamedTuple):
     (B, S), int64: the number of each target in its text, -1 where it does not count; None in
     training, where all do. segments (B, N), int64: where the stretches of a packed row begin that
     do not see each other, filled up with T; None where a row is one. longest: tokens of one, at
-    most.
+    most. asked (B, S), int64: positions of a row that targets follow, where not its last S.
+    adapters: Adapters of each row.
     """
 
     tokens: Tensor
@@ -1527,6 +1584,8 @@ class Batch(NamedTuple):
     places: Any = None
     segments: Any = None
     longest: int = 0
+    asked: Any = None
+    adapters: Any = None
 
     @classmethod
     def of_windows(cls, windows: Tensor) -> Batch:
@@ -2315,15 +2374,17 @@ def choose_attention(config: Config, runtime: Runtime):
     return chosen
 
 
-def softcap_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor,
-                          cap: float) -> Tensor:
+def softcap_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, cap: float,
+                          added: Any = None) -> Tensor:
     """Return the loss in nats of each target (N,), fp32, under the softcapped logits."""
-    return F.cross_entropy(softcap_logits(hidden_ND, head_VD, cap), targets_N, reduction="none")
+    logits = softcap_logits(hidden_ND, head_VD, cap, added)
+    return F.cross_entropy(logits, targets_N, reduction="none")
 
 
-def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float) -> Tensor:
-    """Return softcapped logits (N, V), fp32: cap * tanh(hidden @ head.T / cap)."""
-    return cap * torch.tanh(F.linear(hidden_ND, head_VD.to(hidden_ND.dtype)).float() / cap)
+def softcap_logits(hidden_ND: Tensor, head_VD: Tensor, cap: float, added: Any = None) -> Tensor:
+    """Return softcapped logits (N, V), fp32: cap * tanh(z / cap), z = hidden @ head.T + added."""
+    logits = F.linear(hidden_ND, head_VD.to(hidden_ND.dtype)).float()
+    return cap * torch.tanh((logits if added is None else logits + added) / cap)
 
 
 # == 5 Model ======================================================================================
@@ -2469,6 +2530,29 @@ class Pass(NamedTuple):
     kept: slice  # those whose outputs matter: all, in the last layer the ones asked for
     at: int = 0  # the virtual step
 
+    def adapted(self, place: str, x: Tensor, out: Tensor) -> Tensor:
+        """Return a place's output with what the batch's adapters make of its input."""
+        adapters = self.batch.adapters
+        if adapters is None or place not in adapters.places:
+            return out
+        return out + adapters.added(place, self.at, x)
+
+
+class Adapters(NamedTuple):
+    """Low-rank additions to a frozen model, a set of its own for each row of a batch.
+
+    places: q, k, v, o, mlp or head -> A (N, B, r, in) and B (N, B, out, r), N virtual steps, of the
+    head 1. Source: PR #1530.
+    """
+
+    places: dict[str, list[Tensor]]
+    scale: float
+
+    def added(self, place: str, at: int, x: Tensor) -> Tensor:
+        """Return what is added to a place's output, (B, T, out), for its input (B, T, in)."""
+        inner, outer = (half[at].to(x.dtype) for half in self.places[place])
+        return self.scale * ((x @ inner.mT) @ outer.mT)
+
 
 class Linear(nn.Module):
     """Bias-free matrix (R, C), fp32, applied in the dtype of its input."""
@@ -2502,21 +2586,22 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, here: Pass) -> Tensor:
         """Return what heads read at the S positions kept, (B, S, D)."""
-        v = self.v(x_BTD)  # (B, T, G * K)
+        x_BSD = x_BTD[:, here.kept]
+        v = here.adapted("v", x_BTD, self.v(x_BTD))  # (B, T, G * K)
         if self.value_row is not None:
             v = v + here.value * here.value_scales[self.value_row]
-        q = self.q(x_BTD[:, here.kept]).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
-        k = self.k(x_BTD).unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
-        v = v.unflatten(-1, (self.kv_heads, -1))  # (B, T, G, K)
+        q = here.adapted("q", x_BSD, self.q(x_BSD)).unflatten(-1, (self.heads, -1))  # (B, S, H, K)
+        k = here.adapted("k", x_BTD, self.k(x_BTD)).unflatten(-1, (self.kv_heads, -1))
+        v = v.unflatten(-1, (self.kv_heads, -1))  # as k: (B, T, G, K)
         q = rotate(rms_norm(q), *(table[..., here.kept, :] for table in here.rotary))
         q, k = q * self.q_gain.to(q.dtype)[:, None], rotate(rms_norm(k), *here.rotary)
         out = self.attend(q, k, v) if here.cut is None else self.attend(q, k, v, here.cut)
         out = self.exclude_self(out, v[:, here.kept])  # (B, S, H, K)
         if self.gate is not None:
-            first = x_BTD[:, here.kept, :self.gate.shape[1]]
+            first = x_BSD[..., :self.gate.shape[1]]
             gate = torch.sigmoid(self.gate_scale * F.linear(first, self.gate.to(first.dtype)))
             out = out * gate[..., None]  # (B, S, H, 1)
-        return self.out(out.flatten(2).to(x_BTD.dtype))
+        return here.adapted("o", x_BSD, self.out(out.flatten(2).to(x_BTD.dtype)))
 
 
 def exclude_self(out_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
@@ -2558,7 +2643,8 @@ class Block(nn.Module):
         return self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, here)
 
     def fed_forward(self, x: Tensor, here: Pass) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        normed = rms_norm(x) * self.norm_scale
+        return self.mlp_scale.to(x.dtype) * here.adapted("mlp", normed, self.mlp(normed))
 
 
 class OneStream:
@@ -2730,7 +2816,8 @@ class GPT(nn.Module):
                else cut_rows(batch.segments, tokens.shape[1], batch.longest))
         if cut is not None:  # positions count from the segment's start
             tables = tuple(table[cut.places] for table in tables)
-        asked = slice(tokens.shape[1] - batch.targets.shape[1], None)
+        asked = slice(0 if batch.asked is not None
+                      else tokens.shape[1] - batch.targets.shape[1], None)
         here = Pass(batch, x0, tables, cut, value, scales, asked, slice(None))
         streams = lanes.split(x0, here)
         for at, step in enumerate(layout.steps):
@@ -2744,7 +2831,10 @@ class GPT(nn.Module):
             streams = lanes.step(block, streams, here)
             if step.saves:
                 waiting.append(streams[0])
-        return rms_norm(lanes.merge(streams))
+        hidden = rms_norm(lanes.merge(streams))
+        if batch.asked is None:
+            return hidden
+        return hidden.gather(1, batch.asked[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def blend_skip(self, row: int, x: Tensor, skip: Tensor) -> Tensor:
         """Return x joined with an encoder output: gated blend, or plain sum where gates are off."""
@@ -2760,13 +2850,22 @@ class GPT(nn.Module):
 
     def logits(self, batch: Batch, layout: Layout) -> Tensor:
         """Return softcapped logits where targets are asked for, (B, S, V), fp32."""
-        return softcap_logits(*self.head(batch, layout), self.softcap)
+        hidden, head = self.head(batch, layout)
+        return softcap_logits(hidden, head, self.softcap, self.added(batch, hidden))
 
     def token_losses(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the loss in nats of each target (B, S), fp32."""
         hidden, head = self.head(batch, layout)
-        return softcap_cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(),
-                                     self.softcap).view_as(batch.targets)
+        added = self.added(batch, hidden)
+        return softcap_cross_entropy(
+            hidden.flatten(0, 1), head, batch.targets.flatten(), self.softcap,
+            None if added is None else added.flatten(0, 1)).view_as(batch.targets)
+
+    @staticmethod
+    def added(batch: Batch, hidden: Tensor) -> Any:
+        """Return what adapters add to the logits (B, S, V), None where none does."""
+        adapted = batch.adapters is not None and "head" in batch.adapters.places
+        return batch.adapters.added("head", 0, hidden) if adapted else None
 
     def mean_loss(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the mean training loss in nats."""
@@ -4052,11 +4151,21 @@ def plan_readings(text: Validation, windows: tuple, runtime: Runtime) -> list[Re
 
     All forwards of one kind have one shape where they are compiled.
     """
-    (length, stride, batch, by_documents), num_targets = Windows(*windows), len(text.target_bytes)
+    return group_windows(plan_text(text, windows), windows, runtime)
+
+
+def plan_text(text: Validation, windows: tuple):
+    """Return (starts, first scored positions, ends) of all windows over a text, as arrays."""
+    length, stride, _, by_documents = Windows(*windows)
     begins = document_starts(text.tokens[:-1]) if by_documents else np.zeros(1, np.int64)
-    starts, firsts, ends = plan_documents(begins, num_targets, length, stride)
-    at, end = (len(starts) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
-    starts, firsts, ends, readings = starts[at:end], firsts[at:end], ends[at:end], []
+    return plan_documents(begins, len(text.target_bytes), length, stride)
+
+
+def group_windows(plan: tuple, windows: tuple, runtime: Runtime) -> list[Reading]:
+    """Return this rank's part of windows (starts, first scored positions, ends), in forwards."""
+    (length, _, batch, by_documents), readings = Windows(*windows), []
+    at, end = (len(plan[0]) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
+    starts, firsts, ends = (part[at:end] for part in plan)
     for first in np.unique(firsts).tolist():
         mine = firsts == first
         if first == 0 and by_documents:  # as many windows a row as there is room for
@@ -4136,6 +4245,253 @@ def add_up(scored: list[tuple[Tensor, Tensor]], target_bytes: Tensor) -> list:
              (target_bytes[places.clamp_min(0)].long() & 0xFFFF).masked_fill(places < 0, 0).sum())
             for losses, places in scored]
     return [torch.stack(parts).sum().item() for parts in zip(*sums)]
+
+
+# == 9b Adapt: test-time training, each score before the step that learns from it ================
+
+def adapt_stream(model: GPT, layout: Layout, text: Validation, config: Config, runtime: Runtime,
+                 progress) -> Score:
+    """Return the Score of a text whose chunks are each scored, then learned by SGD: TTT=sgd.
+
+    A chunk is scored by the windows whose first scored position lies in it; then all weights make
+    TTT_EPOCHS passes over its whole sequences, every target of which has been scored. Past
+    TTT_MAX_SECONDS the rest is scored without learning. Changes `model`. Source: PR #549.
+    """
+    windows = config.sliding_windows._replace(batch=config.ttt_batch_seqs)
+    plan, size = plan_text(text, windows), config.ttt_chunk_tokens
+    chunk_of, chunks = (plan[0] + plan[1]) // size, -(-len(text.target_bytes) // size)
+    frozen = [p for block in model.blocks[:config.ttt_freeze_blocks] for p in block.parameters()]
+    learned = [p for p in model.parameters() if all(p is not other for other in frozen)]
+    optimizer = torch.optim.SGD(learned, config.ttt_rate, config.ttt_momentum)
+    sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
+    for chunk in range(chunks):
+        mine = group_windows(tuple(part[chunk_of == chunk] for part in plan), windows, runtime)
+        with torch.inference_mode():
+            for batch in (read_batch(text, reading, windows, runtime) for reading in mine):
+                scored = [(model.token_losses(batch, layout), batch.places)]
+                sums += torch.tensor(add_up(scored, on_device(text, runtime.device)[1]))
+        progress(chunk + 1, chunks, since)
+        late = runtime.agree(time.perf_counter() - since) > (config.ttt_max_seconds or math.inf)
+        if chunk + 1 < chunks and not late:  # what follows has a score yet to come
+            rate = config.ttt_rate * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+            optimizer.param_groups[0]["lr"] = rate
+            rows = text.tokens[chunk * size:(chunk + 1) * size + 1]
+            learn_rows(model, layout, rows, optimizer, config, runtime)
+    total, *counts = runtime.sum_(sums).tolist()
+    return Score(total, *map(int, counts))
+
+
+def learn_rows(model: GPT, layout: Layout, tokens: np.ndarray, optimizer, config: Config,
+               runtime: Runtime):
+    """Make TTT_EPOCHS passes of SGD over the whole sequences among scored tokens (N + 1,)."""
+    length, learned = config.eval_seq_len, optimizer.param_groups[0]["params"]
+    count = (len(tokens) - 1) // length
+    rows = np.stack([tokens[at:at + length + 1] for at in range(0, count * length, length)]
+                    ) if count else np.empty((0, length + 1), np.uint16)
+    cut = dataclasses.replace(config, doc_mask=config.by_documents)
+    for at in list(range(0, count, config.ttt_batch_seqs)) * config.ttt_epochs:
+        some = rows[at:at + config.ttt_batch_seqs]
+        begin, end = (len(some) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
+        optimizer.zero_grad(set_to_none=False)
+        for row in range(begin, end):  # one at a time: whatever the ranks, the same sums
+            batch = batch_of_rows(some[row:row + 1], cut, runtime, length)
+            (model.mean_loss(batch, layout) / len(some)).backward()
+        flat = runtime.sum_(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float()
+                                       .flatten() for p in learned]))
+        norm = flat.norm()
+        if config.ttt_grad_clip:
+            flat *= (config.ttt_grad_clip / (norm + 1e-6)).clamp_max(1.0)
+        for p, grad in zip(learned, flat.split([p.numel() for p in learned])):
+            p.grad = grad.view_as(p).to(p.dtype)
+        optimizer.step()
+
+
+class Documents(NamedTuple):
+    """Documents that adapt side by side: where each begins, and how many targets it has."""
+
+    begins: np.ndarray
+    sizes: np.ndarray
+
+
+def plan_adaptation(text: Validation, config: Config) -> list[Documents]:
+    """Return batches of TTT_BATCH_DOCS documents, longest first; equal ones in the text's order."""
+    begins = document_starts(text.tokens[:-1])
+    sizes = np.diff(begins, append=len(text.target_bytes))
+    order = np.argsort(-sizes, kind="stable")
+    return [Documents(begins[some], sizes[some]) for some in np.split(
+        order, range(config.ttt_batch_docs, len(order), config.ttt_batch_docs))]
+
+
+def chunk_sizes(sizes: np.ndarray, config: Config, growth: int) -> np.ndarray:
+    """Return how many targets documents of these sizes are scored at a time."""
+    rule = chunk_rule(config)
+    return np.array([min(growth * next(chunk for limit, chunk in rule if size <= limit),
+                         config.eval_seq_len) for size in sizes.tolist()])
+
+
+def forward_tokens(documents: Documents, config: Config, growth: int) -> int:
+    """Return how many tokens adapting a batch of documents forwards, its padding included."""
+    chunks, total = chunk_sizes(documents.sizes, config, growth), 0
+    for j in range(int((-(-documents.sizes // chunks)).max())):
+        ends = np.minimum((j + 1) * chunks, documents.sizes)
+        total += len(chunks) * min(int(ends.max()), config.eval_seq_len)
+    return total
+
+
+def new_adapters(config: Config, layout: Layout, count: int, runtime: Runtime) -> Adapters:
+    """Return Adapters for `count` documents: the inner halves start alike, the outer ones at 0."""
+    dim, generator = config.model_dim, torch.Generator().manual_seed(config.seed)
+    widths = dict(q=dim, k=config.kv_dim, v=config.kv_dim, o=dim, mlp=dim, head=config.vocab_size)
+    places = {}
+    for place in config.ttt_places:
+        steps = 1 if place == "head" else len(layout.steps)
+        inner = torch.empty(steps, 1, config.ttt_rank, dim)
+        inner.uniform_(-dim ** -0.5, dim ** -0.5, generator=generator)
+        outer = torch.zeros(steps, count, widths[place], config.ttt_rank)
+        halves = inner.repeat(1, count, 1, 1), outer
+        places[place] = [half.to(runtime.device).requires_grad_() for half in halves]
+    return Adapters(places, config.ttt_alpha / config.ttt_rank)
+
+
+def adapt_documents(losses_of, documents: Documents, adapters: Adapters, text: Validation,
+                    config: Config, runtime: Runtime, pace: Pace) -> list:
+    """Return [nats, targets, bytes] of documents, each adapted to chunk after chunk of itself.
+
+    A chunk is scored in the window of the last EVAL_SEQ_LEN tokens to its end; then one step of
+    AdamW on that same loss, unless it is its document's last. losses_of(batch) -> nats (B, S).
+    """
+    halves = [half for pair in adapters.places.values() for half in pair]
+    beta1, beta2 = config.ttt_betas
+    optimizer = torch.optim.AdamW(halves, config.ttt_rate, (beta1, beta2), 1e-10, config.ttt_wd)
+    sums, done = torch.zeros(3, dtype=torch.float64), np.zeros_like(documents.sizes)
+    while (done < documents.sizes).any():
+        late = pace.late()
+        size = (np.full_like(done, config.eval_seq_len) if late
+                else chunk_sizes(documents.sizes, config, pace.growth))
+        ends = np.minimum(done + size, documents.sizes)
+        learns = (ends < documents.sizes) & (config.ttt_rate > 0) & (not late)
+        batch = read_chunk(documents.begins, done, ends, text, config, runtime)
+        with torch.set_grad_enabled(bool(learns.any())):
+            losses = losses_of(batch._replace(adapters=adapters))
+        # the score is in the sum before any step sees the loss
+        sums += torch.tensor(add_up([(losses.detach(), batch.places)],
+                                    on_device(text, runtime.device)[1]))
+        if learns.any():
+            counted = batch.places >= 0
+            means = (losses * counted).sum(1) / counted.sum(1).clamp_min(1)
+            (means * torch.from_numpy(learns).to(means)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        done = ends
+    return sums.tolist()
+
+
+def read_chunk(begins: np.ndarray, done: np.ndarray, ends: np.ndarray, text: Validation,
+               config: Config, runtime: Runtime) -> Batch:
+    """Return the Batch that asks for targets done … ends of documents, in windows up to there."""
+    device, tokens = runtime.device, on_device(text, runtime.device)[0]
+    froms = np.maximum(0, ends - config.eval_seq_len)
+    width, asked = int((ends - froms).max()), int((ends - done).max())
+    begin, first, end, at = (torch.from_numpy(x).to(device)[:, None]
+                             for x in (begins, froms, ends, done))
+    where, place = first + torch.arange(width, device=device), at + torch.arange(asked,
+                                                                                 device=device)
+    read = tokens[begin + where.minimum(end - 1).clamp_min(0)].long() & 0xFFFF
+    places = (begin + place).masked_fill(place >= end, -1)
+    targets = tokens[places + 1].long() & 0xFFFF
+    return Batch(read, targets, places, asked=(place.minimum(end - 1) - first).clamp_min(0))
+
+
+class Pace:
+    """Keeps test-time training within TTT_MAX_SECONDS.
+
+    Before it starts, chunks grow by factors of two until the time foretold fits; should the
+    machine slow down after that, what is left is scored without adapting.
+    """
+
+    def __init__(self, config: Config, now=time.perf_counter):
+        self.limit, self.now, self.growth = config.ttt_max_seconds or math.inf, now, 1
+        self.began, self.foretold = now(), 0.0
+
+    def fit(self, tokens_at, tokens_per_second: float, most: int):
+        """Choose the growth, at most `most`; tokens_at(growth) -> tokens of the slowest rank."""
+        while True:
+            self.foretold = tokens_at(self.growth) / tokens_per_second
+            if self.foretold <= self.limit or self.growth >= most:
+                break
+            self.growth *= 2
+        self.began = self.now()
+
+    def late(self) -> bool:
+        return self.now() - self.began > self.limit
+
+
+def deal(costs: list[int], ranks: int) -> list[list[int]]:
+    """Return which units each rank does: the costliest one left goes to the least laden rank."""
+    load, dealt = [0] * ranks, [[] for _ in range(ranks)]
+    for unit in sorted(range(len(costs)), key=lambda unit: (-costs[unit], unit)):
+        rank = load.index(min(load))
+        load[rank] += costs[unit]
+        dealt[rank].append(unit)
+    return dealt
+
+
+def adapt_text(model: GPT, layout: Layout, text: Validation, config: Config, runtime: Runtime,
+               log: Log, journal) -> Score:
+    """Return the Score of a text whose documents are each adapted to while scored: TTT=lora.
+
+    Documents are independent of each other unless TTT_WARM_A. journal: as `score` takes it, a unit
+    for each batch of documents; with TTT_WARM_A what it holds is done again. Sources: PRs #1530,
+    #2014.
+    """
+    model.requires_grad_(False)
+    losses_of = functools.partial(model.token_losses, layout=layout)
+    units, pace, carried = plan_adaptation(text, config), Pace(config), None
+    speed = adaptation_speed(losses_of, layout, text, config, runtime)
+    most = config.eval_seq_len
+
+    def costs(growth):
+        return [forward_tokens(unit, config, growth) for unit in units]
+
+    def slowest(growth):
+        found = costs(growth)
+        return max(sum(found[i] for i in mine) for mine in deal(found, runtime.world_size))
+
+    pace.fit(slowest, speed, most)
+    log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold, documents=sum(
+        len(unit.sizes) for unit in units), tokens_per_target=sum(costs(pace.growth)) / max(
+            1, len(text.target_bytes)), linked=config.ttt_warm_a)
+    mine = deal(costs(pace.growth), runtime.world_size)[runtime.rank]
+    sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
+    for done, unit in enumerate(mine):
+        if config.ttt_warm_a or unit not in journal:
+            documents = units[unit]
+            adapters = new_adapters(config, layout, len(documents.sizes), runtime)
+            if config.ttt_warm_a and carried:
+                with torch.no_grad():
+                    for place, (inner, _) in adapters.places.items():
+                        inner.copy_(carried.places[place][0][:, :inner.shape[1]])
+            journal[unit] = adapt_documents(losses_of, documents, adapters, text, config, runtime,
+                                            pace)
+            carried = adapters
+        sums += torch.tensor(journal[unit], dtype=torch.float64)
+        log.progress("ttt", done + 1, len(mine), since)
+    total, *counts = runtime.sum_(sums).tolist()
+    return Score(total, *map(int, counts))
+
+
+def adaptation_speed(losses_of, layout: Layout, text: Validation, config: Config,
+                     runtime: Runtime) -> float:
+    """Return forwarded tokens a second of adapting, the slowest rank's, on random tokens."""
+    size = config.eval_seq_len + min(config.eval_seq_len, 2 * chunk_rule(config)[-1][1])
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=size + 1).astype(np.uint16)
+    made = dataclasses.replace(text, tokens=ids, target_bytes=np.ones(size, np.uint16))
+    count = min(config.ttt_batch_docs, len(document_starts(text.tokens[:-1])))
+    documents = Documents(np.zeros(count, np.int64), np.full(count, size))
+    one = dataclasses.replace(config, ttt_max_seconds=0.0, ttt_chunks=(str(config.eval_seq_len),))
+    seconds = runtime.seconds_of(adapt_documents, losses_of, documents, new_adapters(
+        config, layout, count, runtime), made, one, runtime, Pace(one))
+    return forward_tokens(documents, one, 1) / runtime.agree(seconds)
 
 
 # == 10 Train =====================================================================================
@@ -4952,12 +5308,17 @@ def describe_data(session: Session):
 
 def timed_score(session: Session, kind: str, losses_of, windows, journal=None) -> dict:
     """Score the text and log it as event `kind` with its time. windows: as `score` takes them."""
-    log, since = session.log, time.perf_counter()
-    found = score(losses_of, session.inputs.text, windows, session.runtime,
-                  functools.partial(log.progress, kind), journal)
+    return timed(session, kind, lambda: score(
+        losses_of, session.inputs.text, windows, session.runtime,
+        functools.partial(session.log.progress, kind), journal))
+
+
+def timed(session: Session, kind: str, scored, **texts) -> dict:
+    """Log the Score that scored() returns as event `kind` with its time; returns its facts."""
+    since, found = time.perf_counter(), scored()
     facts = dict(val_loss=found.loss, val_bpb=found.bpb, tokens=found.tokens, bytes=found.bytes)
     session.facts[f"{kind}_bpb"] = found.bpb
-    log.event(kind, **facts, eval_ms=1000 * (time.perf_counter() - since))
+    session.log.event(kind, **facts, eval_ms=1000 * (time.perf_counter() - since), **texts)
     return facts
 
 
@@ -5226,11 +5587,27 @@ def evaluate_stage(session: Session):
         for kind, (losses, windows) in kinds.items():
             task = f"{kind} {digest} {text.sha256} {windows} of {runtime.world_size}"
             scores[kind] = timed_score(session, kind, losses, windows, Journal(path, task))
+        if config.adapts != "none":
+            values = [getattr(config, name) for name in KNOBS if name.startswith("ttt_")]
+            task = f"ttt {digest} {text.sha256} {values} of {runtime.world_size}"
+            scores["ttt"] = adapted_score(session, model, layout, Journal(path, task))
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()
     runtime.first(write_file, session.files.scores, data)
     path.unlink(missing_ok=True)  # what was finished is in the scores now
     tokens, size = (scores["roundtrip"][name] for name in ("tokens", "bytes"))
     session.facts.update(val_tokens=tokens, val_bytes=size, val_sha256=text.sha256)
+
+
+def adapted_score(session: Session, model: GPT, layout: Layout, journal) -> dict:
+    """Score the text with test-time training; `model` is not the artifact's any more after it."""
+    config, runtime, log = session.config, session.runtime, session.log
+    text = session.inputs.text
+    if config.adapts == "sgd":
+        return timed(session, "ttt", lambda: adapt_stream(
+            model, layout, text, config, runtime, functools.partial(log.progress, "ttt")),
+            text_form="legal_ttt")
+    return timed(session, "ttt", lambda: adapt_text(
+        model, layout, text, config, runtime, log, journal), text_form="quantized_ttt_phased")
 
 
 WORK = {"train": train_stage, "quantize": quantize_stage, "evaluate": evaluate_stage}
