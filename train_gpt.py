@@ -19,6 +19,7 @@ Read from the top; each room stands under a banner `# == N Name` and uses only r
     8 Coder        codes as bytes and back
     8b Artifact    the inventory of parameters, step rules, the artifact and back
     9 Evaluate     windows, the score
+    9b Adapt       test-time training: a score, then the step that learns from it
     10 Train       warm-up and the loop
     11 Calibrate   statistics for the quantiser
     11b Preflight  what is taken, checked and foretold before a run
@@ -344,7 +345,8 @@ class Config:
                                        "PR #2014")
     ttt_rank: int = knob(80, "of lora's adapters", 1, 8192)
     ttt_alpha: float = knob(144.0, "lora: adapters count TTT_ALPHA / TTT_RANK", 0)
-    ttt_betas: tuple[float, ...] = knob((0.0, 0.99), "of lora's AdamW")
+    ttt_beta1: float = knob(0.0, "of lora's AdamW", 0, 0.9999999)
+    ttt_beta2: float = knob(0.99, "of lora's AdamW", 0, 0.9999999)
     ttt_wd: float = knob(0.5, "weight decay of lora's AdamW", 0)
     ttt_chunks: tuple[str, ...] = knob(("256:8", "2000:24", "48"), "lora: TOKENS:CHUNK list, "
                                        "targets of a chunk in documents up to so many tokens")
@@ -362,6 +364,7 @@ class Config:
     kv_dim = property(lambda c: c.num_kv_heads * c.head_dim)
     mlp_dim = property(lambda c: int(c.mlp_mult * c.model_dim))
     row_len = property(lambda c: c.row_tokens if c.doc_mask else c.train_seq_len)
+    row_name = property(lambda c: "ROW_TOKENS" if c.doc_mask else "TRAIN_SEQ_LEN")
     step_rows = property(lambda c: c.train_batch_tokens // c.row_len)
     by_documents = property(lambda c: c.eval_plan == "documents")
     packs = property(lambda c: c.by_documents or (c.doc_mask and c.runs("train")))
@@ -405,6 +408,17 @@ class Config:
         """(Training length, share of the run at which it ends), in order; ValueError if none."""
         parts = [part.split("@") for part in self.train_seq_schedule]
         return [(int(length), float(end)) for length, end in parts] or [(self.train_seq_len, 1.0)]
+
+    @property
+    def chunk_rule(self) -> list[tuple[float, int]]:
+        """TTT_CHUNKS as (tokens of a document at most, targets of its chunks); [] if malformed."""
+        with contextlib.suppress(ValueError):
+            parts = [part.split(":") for part in self.ttt_chunks]
+            rule = [(float(limit[0]) if limit else math.inf, int(chunk)) for *limit, chunk in parts]
+            limits, chunks = zip(*rule)
+            if [*limits] == sorted({*limits}) and limits[-1] == math.inf and min(chunks) > 0:
+                return rule
+        return []
 
     # kind of the file that a lone later stage starts from
     reads = property(lambda c: STAGES[c.stage].reads if c.stage in STAGES else "")
@@ -461,7 +475,7 @@ def config_faults(config: Config) -> list[str]:
     # ranges mended, so that combinations can be judged all the same
     c = dataclasses.replace(config, **{name: KNOBS[name].default for name, _ in broken})
     complete = config.runs("train") or config.adopted  # else its file's settings are still to come
-    broken += [(name, rule) for holds, name, rule in combination_rules(c)
+    broken += [(name, rule) for holds, name, rule in combination_rules(c) + adaptation_rules(c)
                if not holds and (complete or KNOBS[name].metadata["topic"] == "run")]
     # with the values of the numbers that a rule names
     numbers = {name.upper(): f"{name.upper()}={value}" for name, value in config.public().items()
@@ -489,7 +503,6 @@ def combination_rules(c: Config) -> list[tuple]:
     block = set(recur) <= layers and all(b == a + 1 for a, b in itertools.pairwise(recur))
     decoder = c.recurrent_order[len(c.recurrent_order) // 2:]
     lanes = [i >= c.parallel_start_layer for i in decoder]
-    row = row_name(c)
     return [
         (c.model_dim % c.num_heads == 0, "model_dim", "must be a multiple of NUM_HEADS"),
         (c.num_heads % c.num_kv_heads == 0, "num_heads", "must be a multiple of NUM_KV_HEADS"),
@@ -502,8 +515,9 @@ def combination_rules(c: Config) -> list[tuple]:
          "gate_window", "must be at most MODEL_DIM"),
         (c.mlp_dim >= 1, "mlp_mult", "the hidden width MLP_MULT * MODEL_DIM must be at least 1"),
         (c.train_batch_tokens % c.row_len == 0, "train_batch_tokens",
-         f"must be a multiple of {row}"),
-        (c.micro_batch_tokens >= c.row_len, "micro_batch_tokens", f"must be at least {row}"),
+         f"must be a multiple of {c.row_name}"),
+        (c.micro_batch_tokens >= c.row_len, "micro_batch_tokens",
+         f"must be at least {c.row_name}"),
         (not c.doc_mask or c.row_tokens >= c.train_seq_len, "row_tokens",
          "must be at least TRAIN_SEQ_LEN"),
         (follows_lengths(c), "train_seq_schedule", "must be LENGTH@SHARE with commas between, "
@@ -513,15 +527,6 @@ def combination_rules(c: Config) -> list[tuple]:
          or c.recurrent_order == c.base_order, "train_seq_schedule",
          "needs RECUR_START_FRAC: the start of recurrence as a share of the run too"),
         (c.eval_mode == "exact" or not c.by_documents, "eval_mode", "needs EVAL_PLAN=windows"),
-        (not c.ttt_enabled or c.ttt in ("auto", "sgd"), "ttt_enabled", "means TTT=sgd: unset it"),
-        (c.adapts != "lora" or c.by_documents, "ttt", "adapts to documents: EVAL_PLAN=documents"),
-        (set(c.ttt_places) <= {"q", "k", "v", "o", "mlp", "head"}, "ttt_places",
-         "must be some of q, k, v, o, mlp, head"),
-        (len(c.ttt_betas) == 2 and all(0 <= beta < 1 for beta in c.ttt_betas), "ttt_betas",
-         "must be two numbers from 0 to below 1"),
-        (chunk_rule(c), "ttt_chunks", "must be TOKENS:CHUNK with commas between, rising, and the "
-         "CHUNK of all longer documents, as in 256:8,2000:24,48"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
         (c.virtual_order or block, "recur_layers",
          "must be consecutive layers below NUM_LAYERS, or use VIRTUAL_ORDER"),
         (not c.virtual_order or set(c.virtual_order) == layers, "virtual_order",
@@ -542,8 +547,17 @@ def combination_rules(c: Config) -> list[tuple]:
     ]
 
 
-def row_name(c: Config) -> str:
-    return "ROW_TOKENS" if c.doc_mask else "TRAIN_SEQ_LEN"
+def adaptation_rules(c: Config) -> list[tuple]:
+    """Return `combination_rules` of test-time training."""
+    return [
+        (not c.ttt_enabled or c.ttt in ("auto", "sgd"), "ttt_enabled", "means TTT=sgd: unset it"),
+        (c.adapts != "lora" or c.by_documents, "ttt", "adapts to documents: EVAL_PLAN=documents"),
+        (set(c.ttt_places) <= {"q", "k", "v", "o", "mlp", "head"}, "ttt_places",
+         "must be some of q, k, v, o, mlp, head"),
+        (c.chunk_rule, "ttt_chunks", "must be TOKENS:CHUNK with commas between, rising, and the "
+         "CHUNK of all longer documents, as in 256:8,2000:24,48"),
+        (c.eval_stride <= c.eval_seq_len, "eval_stride", "must be at most EVAL_SEQ_LEN"),
+    ]
 
 
 def follows_lengths(c: Config) -> bool:
@@ -553,18 +567,6 @@ def follows_lengths(c: Config) -> bool:
         return (min(lengths) > 1 and max(lengths) == c.train_seq_len and ends[-1] == 1
                 and all(a < b for a, b in itertools.pairwise((0.0, *ends))))
     return False
-
-
-def chunk_rule(c: Config) -> list[tuple[float, int]]:
-    """Return TTT_CHUNKS as (tokens of a document at most, chunk); [] if it is no such rule."""
-    with contextlib.suppress(ValueError):
-        parts = [part.split(":") for part in c.ttt_chunks]
-        rule = [(float(limit[0]) if limit else math.inf, int(chunk)) for *limit, chunk in parts]
-        limits = [limit for limit, _ in rule]
-        if rule and limits == sorted(set(limits)) and limits[-1] == math.inf and all(
-                chunk > 0 for _, chunk in rule):
-            return rule
-    return []
 
 
 SWITCHES = {"0": 0, "false": 0, "1": 1, "true": 1}
@@ -586,7 +588,7 @@ def parse_setting(text: str, kind):
             return int(text)
         if kind.startswith("tuple"):
             items = [part.strip() for part in text.split(",") if part.strip()]
-            return tuple(items if "str" in kind else map(float if "float" in kind else int, items))
+            return tuple(items if "str" in kind else map(int, items))
         if math.isfinite(number := float(text)):
             return number
     expected = {"int": "a whole number", "float": "a finite number", "bool": "0 or 1"}
@@ -771,8 +773,8 @@ def idle_settings(c: Config) -> list[tuple]:
         (c.adapts == "none", "TTT=none", "TTT_LR TTT_MAX_SECONDS"),
         (c.adapts != "sgd", f"TTT={c.adapts}", "TTT_EPOCHS TTT_CHUNK_TOKENS TTT_BATCH_SEQS "
          "TTT_MOMENTUM TTT_GRAD_CLIP TTT_FREEZE_BLOCKS"),
-        (c.adapts != "lora", f"TTT={c.adapts}", "TTT_PLACES TTT_RANK TTT_ALPHA TTT_BETAS TTT_WD "
-         "TTT_CHUNKS TTT_BATCH_DOCS TTT_WARM_A"),
+        (c.adapts != "lora", f"TTT={c.adapts}", "TTT_PLACES TTT_RANK TTT_ALPHA TTT_BETA1 TTT_BETA2 "
+         "TTT_WD TTT_CHUNKS TTT_BATCH_DOCS TTT_WARM_A"),
         (c.recur_start.frac is not None, "RECUR_START_FRAC", "RECUR_START_STEP"),
         (c.muon_warmup.frac is not None, "MUON_MOMENTUM_WARMUP_FRAC", "MUON_MOMENTUM_WARMUP_STEPS"),
     ]
@@ -4249,63 +4251,6 @@ def add_up(scored: list[tuple[Tensor, Tensor]], target_bytes: Tensor) -> list:
 
 # == 9b Adapt: test-time training, each score before the step that learns from it ================
 
-def adapt_stream(model: GPT, layout: Layout, text: Validation, config: Config, runtime: Runtime,
-                 progress) -> Score:
-    """Return the Score of a text whose chunks are each scored, then learned by SGD: TTT=sgd.
-
-    A chunk is scored by the windows whose first scored position lies in it; then all weights make
-    TTT_EPOCHS passes over its whole sequences, every target of which has been scored. Past
-    TTT_MAX_SECONDS the rest is scored without learning. Changes `model`. Source: PR #549.
-    """
-    windows = config.sliding_windows._replace(batch=config.ttt_batch_seqs)
-    plan, size = plan_text(text, windows), config.ttt_chunk_tokens
-    chunk_of, chunks = (plan[0] + plan[1]) // size, -(-len(text.target_bytes) // size)
-    frozen = [p for block in model.blocks[:config.ttt_freeze_blocks] for p in block.parameters()]
-    learned = [p for p in model.parameters() if all(p is not other for other in frozen)]
-    optimizer = torch.optim.SGD(learned, config.ttt_rate, config.ttt_momentum)
-    sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
-    for chunk in range(chunks):
-        mine = group_windows(tuple(part[chunk_of == chunk] for part in plan), windows, runtime)
-        with torch.inference_mode():
-            for batch in (read_batch(text, reading, windows, runtime) for reading in mine):
-                scored = [(model.token_losses(batch, layout), batch.places)]
-                sums += torch.tensor(add_up(scored, on_device(text, runtime.device)[1]))
-        progress(chunk + 1, chunks, since)
-        late = runtime.agree(time.perf_counter() - since) > (config.ttt_max_seconds or math.inf)
-        if chunk + 1 < chunks and not late:  # what follows has a score yet to come
-            rate = config.ttt_rate * 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
-            optimizer.param_groups[0]["lr"] = rate
-            rows = text.tokens[chunk * size:(chunk + 1) * size + 1]
-            learn_rows(model, layout, rows, optimizer, config, runtime)
-    total, *counts = runtime.sum_(sums).tolist()
-    return Score(total, *map(int, counts))
-
-
-def learn_rows(model: GPT, layout: Layout, tokens: np.ndarray, optimizer, config: Config,
-               runtime: Runtime):
-    """Make TTT_EPOCHS passes of SGD over the whole sequences among scored tokens (N + 1,)."""
-    length, learned = config.eval_seq_len, optimizer.param_groups[0]["params"]
-    count = (len(tokens) - 1) // length
-    rows = np.stack([tokens[at:at + length + 1] for at in range(0, count * length, length)]
-                    ) if count else np.empty((0, length + 1), np.uint16)
-    cut = dataclasses.replace(config, doc_mask=config.by_documents)
-    for at in list(range(0, count, config.ttt_batch_seqs)) * config.ttt_epochs:
-        some = rows[at:at + config.ttt_batch_seqs]
-        begin, end = (len(some) * i // runtime.world_size for i in (runtime.rank, runtime.rank + 1))
-        optimizer.zero_grad(set_to_none=False)
-        for row in range(begin, end):  # one at a time: whatever the ranks, the same sums
-            batch = batch_of_rows(some[row:row + 1], cut, runtime, length)
-            (model.mean_loss(batch, layout) / len(some)).backward()
-        flat = runtime.sum_(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).float()
-                                       .flatten() for p in learned]))
-        norm = flat.norm()
-        if config.ttt_grad_clip:
-            flat *= (config.ttt_grad_clip / (norm + 1e-6)).clamp_max(1.0)
-        for p, grad in zip(learned, flat.split([p.numel() for p in learned])):
-            p.grad = grad.view_as(p).to(p.dtype)
-        optimizer.step()
-
-
 class Documents(NamedTuple):
     """Documents that adapt side by side: where each begins, and how many targets it has."""
 
@@ -4313,117 +4258,28 @@ class Documents(NamedTuple):
     sizes: np.ndarray
 
 
-def plan_adaptation(text: Validation, config: Config) -> list[Documents]:
-    """Return batches of TTT_BATCH_DOCS documents, longest first; equal ones in the text's order."""
-    begins = document_starts(text.tokens[:-1])
-    sizes = np.diff(begins, append=len(text.target_bytes))
-    order = np.argsort(-sizes, kind="stable")
-    return [Documents(begins[some], sizes[some]) for some in np.split(
-        order, range(config.ttt_batch_docs, len(order), config.ttt_batch_docs))]
-
-
-def chunk_sizes(sizes: np.ndarray, config: Config, growth: int) -> np.ndarray:
-    """Return how many targets documents of these sizes are scored at a time."""
-    rule = chunk_rule(config)
-    return np.array([min(growth * next(chunk for limit, chunk in rule if size <= limit),
-                         config.eval_seq_len) for size in sizes.tolist()])
-
-
-def forward_tokens(documents: Documents, config: Config, growth: int) -> int:
-    """Return how many tokens adapting a batch of documents forwards, its padding included."""
-    chunks, total = chunk_sizes(documents.sizes, config, growth), 0
-    for j in range(int((-(-documents.sizes // chunks)).max())):
-        ends = np.minimum((j + 1) * chunks, documents.sizes)
-        total += len(chunks) * min(int(ends.max()), config.eval_seq_len)
-    return total
-
-
-def new_adapters(config: Config, layout: Layout, count: int, runtime: Runtime) -> Adapters:
-    """Return Adapters for `count` documents: the inner halves start alike, the outer ones at 0."""
-    dim, generator = config.model_dim, torch.Generator().manual_seed(config.seed)
-    widths = dict(q=dim, k=config.kv_dim, v=config.kv_dim, o=dim, mlp=dim, head=config.vocab_size)
-    places = {}
-    for place in config.ttt_places:
-        steps = 1 if place == "head" else len(layout.steps)
-        inner = torch.empty(steps, 1, config.ttt_rank, dim)
-        inner.uniform_(-dim ** -0.5, dim ** -0.5, generator=generator)
-        outer = torch.zeros(steps, count, widths[place], config.ttt_rank)
-        halves = inner.repeat(1, count, 1, 1), outer
-        places[place] = [half.to(runtime.device).requires_grad_() for half in halves]
-    return Adapters(places, config.ttt_alpha / config.ttt_rank)
-
-
-def adapt_documents(losses_of, documents: Documents, adapters: Adapters, text: Validation,
-                    config: Config, runtime: Runtime, pace: Pace) -> list:
-    """Return [nats, targets, bytes] of documents, each adapted to chunk after chunk of itself.
-
-    A chunk is scored in the window of the last EVAL_SEQ_LEN tokens to its end; then one step of
-    AdamW on that same loss, unless it is its document's last. losses_of(batch) -> nats (B, S).
-    """
-    halves = [half for pair in adapters.places.values() for half in pair]
-    beta1, beta2 = config.ttt_betas
-    optimizer = torch.optim.AdamW(halves, config.ttt_rate, (beta1, beta2), 1e-10, config.ttt_wd)
-    sums, done = torch.zeros(3, dtype=torch.float64), np.zeros_like(documents.sizes)
-    while (done < documents.sizes).any():
-        late = pace.late()
-        size = (np.full_like(done, config.eval_seq_len) if late
-                else chunk_sizes(documents.sizes, config, pace.growth))
-        ends = np.minimum(done + size, documents.sizes)
-        learns = (ends < documents.sizes) & (config.ttt_rate > 0) & (not late)
-        batch = read_chunk(documents.begins, done, ends, text, config, runtime)
-        with torch.set_grad_enabled(bool(learns.any())):
-            losses = losses_of(batch._replace(adapters=adapters))
-        # the score is in the sum before any step sees the loss
-        sums += torch.tensor(add_up([(losses.detach(), batch.places)],
-                                    on_device(text, runtime.device)[1]))
-        if learns.any():
-            counted = batch.places >= 0
-            means = (losses * counted).sum(1) / counted.sum(1).clamp_min(1)
-            (means * torch.from_numpy(learns).to(means)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        done = ends
-    return sums.tolist()
-
-
-def read_chunk(begins: np.ndarray, done: np.ndarray, ends: np.ndarray, text: Validation,
-               config: Config, runtime: Runtime) -> Batch:
-    """Return the Batch that asks for targets done … ends of documents, in windows up to there."""
-    device, tokens = runtime.device, on_device(text, runtime.device)[0]
-    froms = np.maximum(0, ends - config.eval_seq_len)
-    width, asked = int((ends - froms).max()), int((ends - done).max())
-    begin, first, end, at = (torch.from_numpy(x).to(device)[:, None]
-                             for x in (begins, froms, ends, done))
-    where, place = first + torch.arange(width, device=device), at + torch.arange(asked,
-                                                                                 device=device)
-    read = tokens[begin + where.minimum(end - 1).clamp_min(0)].long() & 0xFFFF
-    places = (begin + place).masked_fill(place >= end, -1)
-    targets = tokens[places + 1].long() & 0xFFFF
-    return Batch(read, targets, places, asked=(place.minimum(end - 1) - first).clamp_min(0))
-
-
 class Pace:
     """Keeps test-time training within TTT_MAX_SECONDS.
 
     Before it starts, chunks grow by factors of two until the time foretold fits; should the
-    machine slow down after that, what is left is scored without adapting.
+    machine slow down after that, what is left is scored without learning.
     """
 
-    def __init__(self, config: Config, now=time.perf_counter):
-        self.limit, self.now, self.growth = config.ttt_max_seconds or math.inf, now, 1
-        self.began, self.foretold = now(), 0.0
+    def __init__(self, limit_seconds: float, now=time.perf_counter):
+        self.limit_seconds, self.now, self.began = limit_seconds or math.inf, now, now()
+        self.growth, self.foretold_seconds = 1, 0.0
 
     def fit(self, tokens_at, tokens_per_second: float, most: int):
-        """Choose the growth, at most `most`; tokens_at(growth) -> tokens of the slowest rank."""
+        """Choose the growth, below 2 x `most`; tokens_at(growth) -> tokens of the slowest rank."""
         while True:
-            self.foretold = tokens_at(self.growth) / tokens_per_second
-            if self.foretold <= self.limit or self.growth >= most:
+            self.foretold_seconds = tokens_at(self.growth) / tokens_per_second
+            if self.foretold_seconds <= self.limit_seconds or self.growth >= most:
                 break
             self.growth *= 2
         self.began = self.now()
 
     def late(self) -> bool:
-        return self.now() - self.began > self.limit
+        return self.now() - self.began > self.limit_seconds
 
 
 def deal(costs: list[int], ranks: int) -> list[list[int]]:
@@ -4436,62 +4292,204 @@ def deal(costs: list[int], ranks: int) -> list[list[int]]:
     return dealt
 
 
-def adapt_text(model: GPT, layout: Layout, text: Validation, config: Config, runtime: Runtime,
-               log: Log, journal) -> Score:
-    """Return the Score of a text whose documents are each adapted to while scored: TTT=lora.
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """Test-time training of a model on the text that it is scored on.
 
-    Documents are independent of each other unless TTT_WARM_A. journal: as `score` takes it, a unit
-    for each batch of documents; with TTT_WARM_A what it holds is done again. Sources: PRs #1530,
-    #2014.
+    By construction one function adds a loss to the score and only then lets it be learned from.
     """
-    model.requires_grad_(False)
-    losses_of = functools.partial(model.token_losses, layout=layout)
-    units, pace, carried = plan_adaptation(text, config), Pace(config), None
-    speed = adaptation_speed(losses_of, layout, text, config, runtime)
-    most = config.eval_seq_len
 
-    def costs(growth):
-        return [forward_tokens(unit, config, growth) for unit in units]
+    model: GPT
+    layout: Layout
+    text: Validation
+    config: Config
+    runtime: Runtime
 
-    def slowest(growth):
-        found = costs(growth)
-        return max(sum(found[i] for i in mine) for mine in deal(found, runtime.world_size))
+    # both on the device, whichever text was scored last
+    tokens = property(lambda self: on_device(self.text, self.runtime.device)[0])
+    sizes = property(lambda self: on_device(self.text, self.runtime.device)[1])
 
-    pace.fit(slowest, speed, most)
-    log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold, documents=sum(
-        len(unit.sizes) for unit in units), tokens_per_target=sum(costs(pace.growth)) / max(
-            1, len(text.target_bytes)), linked=config.ttt_warm_a)
-    mine = deal(costs(pace.growth), runtime.world_size)[runtime.rank]
-    sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
-    for done, unit in enumerate(mine):
-        if config.ttt_warm_a or unit not in journal:
-            documents = units[unit]
-            adapters = new_adapters(config, layout, len(documents.sizes), runtime)
-            if config.ttt_warm_a and carried:
-                with torch.no_grad():
-                    for place, (inner, _) in adapters.places.items():
-                        inner.copy_(carried.places[place][0][:, :inner.shape[1]])
-            journal[unit] = adapt_documents(losses_of, documents, adapters, text, config, runtime,
-                                            pace)
-            carried = adapters
-        sums += torch.tensor(journal[unit], dtype=torch.float64)
-        log.progress("ttt", done + 1, len(mine), since)
-    total, *counts = runtime.sum_(sums).tolist()
-    return Score(total, *map(int, counts))
+    def total(self, sums: Tensor) -> Score:
+        nats, *counts = self.runtime.sum_(sums).tolist()
+        return Score(nats, *map(int, counts))
 
+    def by_stream(self, progress) -> Score:
+        """Return the Score of chunks of the text, each scored, then learned by SGD: TTT=sgd.
 
-def adaptation_speed(losses_of, layout: Layout, text: Validation, config: Config,
-                     runtime: Runtime) -> float:
-    """Return forwarded tokens a second of adapting, the slowest rank's, on random tokens."""
-    size = config.eval_seq_len + min(config.eval_seq_len, 2 * chunk_rule(config)[-1][1])
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=size + 1).astype(np.uint16)
-    made = dataclasses.replace(text, tokens=ids, target_bytes=np.ones(size, np.uint16))
-    count = min(config.ttt_batch_docs, len(document_starts(text.tokens[:-1])))
-    documents = Documents(np.zeros(count, np.int64), np.full(count, size))
-    one = dataclasses.replace(config, ttt_max_seconds=0.0, ttt_chunks=(str(config.eval_seq_len),))
-    seconds = runtime.seconds_of(adapt_documents, losses_of, documents, new_adapters(
-        config, layout, count, runtime), made, one, runtime, Pace(one))
-    return forward_tokens(documents, one, 1) / runtime.agree(seconds)
+        A chunk is scored by the windows whose first scored position lies in it; then all weights
+        make TTT_EPOCHS passes over its whole sequences, every target of which has been scored.
+        Source: PR #549.
+        """
+        config, runtime, size = self.config, self.runtime, self.config.ttt_chunk_tokens
+        windows = config.sliding_windows._replace(batch=config.ttt_batch_seqs)
+        plan = plan_text(self.text, windows)
+        chunk_of, chunks = (plan[0] + plan[1]) // size, -(-len(self.text.target_bytes) // size)
+        blocks: Any = self.model.blocks[:config.ttt_freeze_blocks]
+        blocks.requires_grad_(False)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(learned, config.ttt_rate, config.ttt_momentum)
+        sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
+        pace = Pace(config.ttt_max_seconds)
+        for chunk in range(chunks):
+            mine = group_windows(tuple(part[chunk_of == chunk] for part in plan), windows, runtime)
+            with torch.inference_mode():
+                for reading in mine:
+                    batch = read_batch(self.text, reading, windows, runtime)
+                    losses = self.model.token_losses(batch, self.layout)
+                    sums += torch.tensor(add_up([(losses, batch.places)], self.sizes))
+            progress(chunk + 1, chunks, since)
+            if chunk + 1 < chunks and not runtime.agree(pace.late()):
+                cosine = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+                optimizer.param_groups[0]["lr"] = config.ttt_rate * cosine
+                self.learn(self.text.tokens[chunk * size:(chunk + 1) * size + 1], optimizer)
+        return self.total(sums)
+
+    def learn(self, tokens: np.ndarray, optimizer):
+        """Make TTT_EPOCHS passes of SGD over the whole sequences among scored tokens (N + 1,)."""
+        config, runtime, length = self.config, self.runtime, self.config.eval_seq_len
+        learned = optimizer.param_groups[0]["params"]
+        rows = [tokens[at:at + length + 1] for at in range(0, len(tokens) - length, length)]
+        cut = dataclasses.replace(config, doc_mask=config.by_documents)
+        for at in [*range(0, len(rows), config.ttt_batch_seqs)] * config.ttt_epochs:
+            some = rows[at:at + config.ttt_batch_seqs]
+            optimizer.zero_grad()
+            for row in some[runtime.rank::runtime.world_size]:
+                batch = batch_of_rows(row[None], cut, runtime, length)
+                (self.model.mean_loss(batch, self.layout) / len(some)).backward()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learned]
+            flat = runtime.sum_(torch.cat([grad.float().flatten() for grad in grads]))
+            if config.ttt_grad_clip:
+                flat *= (config.ttt_grad_clip / (flat.norm() + 1e-6)).clamp_max(1.0)
+            for p, grad in zip(learned, flat.split([p.numel() for p in learned])):
+                p.grad = grad.view_as(p).to(p.dtype)
+            optimizer.step()
+
+    def by_document(self, log: Log, journal) -> Score:
+        """Return the Score of documents, each adapted to while it is scored: TTT=lora.
+
+        They are independent of each other unless TTT_WARM_A. journal: as `score` takes it, a unit
+        for each batch of documents; with TTT_WARM_A what it holds is done again. Sources: PRs
+        #1530, #2014.
+        """
+        config, ranks, carried = self.config, self.runtime.world_size, None
+        self.model.requires_grad_(False)
+        units, pace = self.plan(), Pace(config.ttt_max_seconds)
+
+        def costs(growth):
+            return [self.forward_tokens(unit.sizes, growth) for unit in units]
+
+        def slowest(growth):
+            found = costs(growth)
+            return max(sum(found[i] for i in mine) for mine in deal(found, ranks))
+
+        pace.fit(slowest, self.tokens_per_second(), config.eval_seq_len)
+        dealt, targets = deal(costs(pace.growth), ranks), len(self.text.target_bytes)
+        log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold_seconds,
+                  documents=sum(len(unit.sizes) for unit in units), linked=config.ttt_warm_a,
+                  tokens_per_target=sum(costs(pace.growth)) / targets)
+        sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
+        for done, unit in enumerate(mine := dealt[self.runtime.rank]):
+            if config.ttt_warm_a or unit not in journal:
+                adapters = self.new_adapters(len(units[unit].sizes), carried)
+                journal[unit] = self.adapt(units[unit], adapters, pace)
+                carried = adapters if config.ttt_warm_a else None
+            sums += torch.tensor(journal[unit], dtype=torch.float64)
+            log.progress("ttt", done + 1, len(mine), since)
+        return self.total(sums)
+
+    def plan(self) -> list[Documents]:
+        """Return batches of TTT_BATCH_DOCS documents, longest first, equal ones in text order."""
+        begins = document_starts(self.text.tokens[:-1])
+        sizes = np.diff(begins, append=len(self.text.target_bytes))
+        order, at_once = np.argsort(-sizes, kind="stable"), self.config.ttt_batch_docs
+        return [Documents(begins[some], sizes[some])
+                for some in np.split(order, range(at_once, len(order), at_once))]
+
+    def chunks(self, sizes: np.ndarray, growth: int) -> np.ndarray:
+        """Return how many targets documents of these sizes are scored at a time."""
+        return np.array([min(growth * next(chunk for limit, chunk in self.config.chunk_rule
+                                           if size <= limit), self.config.eval_seq_len)
+                         for size in sizes.tolist()])
+
+    def forward_tokens(self, sizes: np.ndarray, growth: int) -> int:
+        """Return how many tokens adapting a batch of documents forwards, its padding included."""
+        chunks, longest = self.chunks(sizes, growth), self.config.eval_seq_len
+        steps = np.arange(1, 1 + (-(-sizes // chunks)).max())
+        ends = np.minimum(steps[:, None] * chunks, sizes).max(1)
+        return len(sizes) * int(np.minimum(ends, longest).sum())
+
+    def tokens_per_second(self) -> float:
+        """Return forwarded tokens a second of adapting, the slowest rank's, on random tokens."""
+        length, chunk = self.config.eval_seq_len, self.config.chunk_rule[-1][1]
+        size = length + 2 * min(chunk, length)
+        ids = np.random.default_rng(0).integers(self.config.vocab_size, size=size + 1)
+        made = dataclasses.replace(self, text=dataclasses.replace(
+            self.text, tokens=ids.astype(np.uint16), target_bytes=np.ones(size, np.uint16)),
+            config=dataclasses.replace(self.config, ttt_chunks=(str(length),)))
+        count = min(self.config.ttt_batch_docs, len(document_starts(self.text.tokens[:-1])))
+        documents = Documents(np.zeros(count, np.int64), np.full(count, size))
+        seconds = self.runtime.seconds_of(made.adapt, documents, made.new_adapters(count), Pace(0))
+        return made.forward_tokens(documents.sizes, 1) / self.runtime.agree(seconds)
+
+    def new_adapters(self, count: int, carried: Any = None) -> Adapters:
+        """Return Adapters for `count` documents: outer halves 0, inner ones alike, or `carried`."""
+        config, dim = self.config, self.config.model_dim
+        generator, places = torch.Generator().manual_seed(config.seed), {}
+        widths = dict(q=dim, k=config.kv_dim, v=config.kv_dim, o=dim, mlp=dim,
+                      head=config.vocab_size)
+        for place in config.ttt_places:
+            steps = 1 if place == "head" else len(self.layout.steps)
+            inner = torch.empty(steps, 1, config.ttt_rank, dim)
+            inner.uniform_(-dim ** -0.5, dim ** -0.5, generator=generator)
+            inner = inner.repeat(1, count, 1, 1).to(self.runtime.device)
+            if carried is not None:
+                inner.copy_(carried.places[place][0].detach()[:, :count])
+            outer = inner.new_zeros(steps, count, widths[place], config.ttt_rank)
+            places[place] = [inner.requires_grad_(), outer.requires_grad_()]
+        return Adapters(places, config.ttt_alpha / config.ttt_rank)
+
+    def adapt(self, documents: Documents, adapters: Adapters, pace: Pace) -> list:
+        """Return [nats, targets, bytes] of documents, each adapted to chunk after chunk of itself.
+
+        A chunk is scored in the window of the last EVAL_SEQ_LEN tokens up to its end; then one
+        step of AdamW on that same loss, unless it is its document's last.
+        """
+        config, sizes = self.config, documents.sizes
+        halves = [half for pair in adapters.places.values() for half in pair]
+        betas = config.ttt_beta1, config.ttt_beta2
+        optimizer = torch.optim.AdamW(halves, config.ttt_rate, betas, 1e-10, config.ttt_wd)
+        sums, done = torch.zeros(3, dtype=torch.float64), np.zeros_like(sizes)
+        while (done < sizes).any():
+            late = pace.late()
+            chunks = self.chunks(sizes, config.eval_seq_len if late else pace.growth)
+            ends = np.minimum(done + chunks, sizes)
+            learns = (ends < sizes) & (config.ttt_rate > 0) & (not late)
+            batch = self.read(documents.begins, done, ends)
+            with torch.set_grad_enabled(bool(learns.any())):
+                losses = self.model.token_losses(batch._replace(adapters=adapters), self.layout)
+            # into the sum before any step sees it
+            sums += torch.tensor(add_up([(losses.detach(), batch.places)], self.sizes))
+            if learns.any():
+                counted = batch.places >= 0
+                means = (losses * counted).sum(1) / counted.sum(1).clamp_min(1)
+                (means * torch.from_numpy(learns).to(means)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            done = ends
+        return sums.tolist()
+
+    def read(self, begins: np.ndarray, done: np.ndarray, ends: np.ndarray) -> Batch:
+        """Return the Batch that asks for documents' targets done … ends, in windows up to there."""
+        firsts = np.maximum(0, ends - self.config.eval_seq_len)
+        begin, first, end, at = (torch.from_numpy(x).to(self.runtime.device)[:, None]
+                                 for x in (begins, firsts, ends, done))
+        where, place = (begin.new_tensor(range(int(n))) for n in ((ends - firsts).max(),
+                                                                  (ends - done).max()))
+        where, place = first + where, at + place
+        places = (begin + place).masked_fill(place >= end, -1)
+        return Batch(self.tokens[begin + where.minimum(end - 1)].long() & 0xFFFF,
+                     self.tokens[places + 1].long() & 0xFFFF, places,
+                     asked=place.minimum(end - 1) - first)
 
 
 # == 10 Train =====================================================================================
@@ -4955,7 +4953,7 @@ def take_inputs(config: Config, judged: bool = True) -> tuple[Inputs, list[str]]
             found.update(text=text, tokenizer_sha256=tokenizer)
             if "train" in config.text:
                 files = find_shards(config.shard_dir, "train")
-                shards, row = ShardSet(files, config.row_len), row_name(config)
+                shards, row = ShardSet(files, config.row_len), config.row_name
                 found.update(shards=shards, train_sha256=fingerprint(files))
                 warnings += [f"{path.name}: holds no row of {row} tokens" for path, count
                              in zip(files, np.diff(shards.first)) if not count]
@@ -5094,7 +5092,7 @@ def device_faults(config: Config, runtime: Runtime) -> list[str]:
     if config.runs("train") and config.step_rows % runtime.world_size:
         return [f"nproc_per_node: {runtime.world_size} ranks do not divide the {config.step_rows} "
                 f"rows of a step (TRAIN_BATCH_TOKENS={config.train_batch_tokens} / "
-                f"{row_name(config)}={config.row_len})"]
+                f"{config.row_name}={config.row_len})"]
     return []
 
 
@@ -5600,14 +5598,13 @@ def evaluate_stage(session: Session):
 
 def adapted_score(session: Session, model: GPT, layout: Layout, journal) -> dict:
     """Score the text with test-time training; `model` is not the artifact's any more after it."""
-    config, runtime, log = session.config, session.runtime, session.log
-    text = session.inputs.text
+    config, log = session.config, session.log
+    adaptation = Adaptation(model, layout, session.inputs.text, config, session.runtime)
+    progress = functools.partial(log.progress, "ttt")
     if config.adapts == "sgd":
-        return timed(session, "ttt", lambda: adapt_stream(
-            model, layout, text, config, runtime, functools.partial(log.progress, "ttt")),
-            text_form="legal_ttt")
-    return timed(session, "ttt", lambda: adapt_text(
-        model, layout, text, config, runtime, log, journal), text_form="quantized_ttt_phased")
+        return timed(session, "ttt", lambda: adaptation.by_stream(progress), text_form="legal_ttt")
+    return timed(session, "ttt", lambda: adaptation.by_document(log, journal),
+                 text_form="quantized_ttt_phased")
 
 
 WORK = {"train": train_stage, "quantize": quantize_stage, "evaluate": evaluate_stage}

@@ -41,8 +41,6 @@ READ_WITHOUT_EFFECT = dict(MUON_BETA2="0.95", ROPE_TRAIN_SEQ_LEN="2048", EMBED_L
                            HEAD_LR="0.008")
 # Modes PR #1471 and its sibling #1395 have switched off, at the values of their published runs.
 SWITCHED_OFF = dict(
-    TTT_ENABLED="0", TTT_LR="0.002", TTT_EPOCHS="3", TTT_CHUNK_TOKENS="32768",
-    TTT_FREEZE_BLOCKS="0", TTT_MOMENTUM="0.9", TTT_BATCH_SEQS="32", TTT_GRAD_CLIP="1.0",
     TIE_EMBEDDINGS="1", LR_FLOOR="0.0", TTT_POLYAK_DECAY="0.998", PREQUANT_TTT_ENABLED="0",
     SLOT_ENABLED="0", SLOT_LR=".005", SLOT_STEPS="8", HEDGE_ENABLED="0", G1_GATING="0",
     LAWA_ENABLED="0", LAWA_K="5", LAWA_FREQ="50")
@@ -253,7 +251,7 @@ def test_combination_that_can_work_is_accepted(env):
 
 
 def test_one_error_lists_every_fault_of_names_types_and_ranges():
-    env = dict(PRESET="best", ITERATION="5", TTT_ENABLED="1", SEED="x", BETA1="2", STAGE="test")
+    env = dict(PRESET="best", ITERATION="5", SLOT_ENABLED="1", SEED="x", BETA1="2", STAGE="test")
     found = {fault.split("=")[0] for fault in faults_of(env)}
     assert found == set(env)
 
@@ -380,7 +378,7 @@ def test_only_plain_numbers_and_names_of_files_are_taken(env):
 
 @pytest.mark.parametrize("text, word", [
     ("NUM_LAYER=8", "did you mean NUM_LAYERS"), ("NUM_LAYERS=x", "whole number"),
-    ("TTT_ENABLED=1", "not built"), ("NUM_LAYERS", "NAME=VALUE"), ("", "NAME=VALUE"),
+    ("SLOT_ENABLED=1", "not built"), ("NUM_LAYERS", "NAME=VALUE"), ("", "NAME=VALUE"),
     ("# nothing", "NAME=VALUE"), ("SEED=1\nhello\nNUM_LAYERS=8", "not 'hello'"),
     ("SEED=1\nNUM_LAYERS=8\nSEED=2", "not 'SEED=1'"), ("PRESET=demo", "not 'PRESET=demo'"),
     ("export SEED=1", "not 'export SEED=1'"), ("=3", "not '=3'"),

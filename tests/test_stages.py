@@ -751,7 +751,7 @@ def test_less_text_than_a_window_is_refused(tiny_env, tmp_path):
     ({"ITERATIONS": "ten"}, ("ITERATIONS=ten", "whole number")),
     ({"MATRIX_LR": "nan"}, ("MATRIX_LR=nan", "finite")),
     ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=4", "NUM_KV_HEADS")),
-    ({"TTT_ENABLED": "1"}, ("TTT_ENABLED=1", "not built")),
+    ({"SLOT_ENABLED": "1"}, ("SLOT_ENABLED=1", "not built")),
     ({"PRESET": "record"}, ("PRESET=record", "pr1471")),
     ({"RUN_ID": "../elsewhere"}, ("RUN_ID=../elsewhere",)),
     ({"ATTENTION_BACKEND": "fa3"}, ("ATTENTION_BACKEND=fa3", "pip install")),
@@ -762,7 +762,7 @@ def test_a_wrong_setting_is_refused(tiny_env, tmp_path, changes, words):
 
 
 def test_all_wrong_settings_are_told_at_once(tiny_env, tmp_path):
-    changes = {"NUM_LAYER": "5", "ITERATIONS": "ten", "TTT_ENABLED": "1"}
+    changes = {"NUM_LAYER": "5", "ITERATIONS": "ten", "SLOT_ENABLED": "1"}
     done = run_here({**tiny_env, **changes}, tmp_path)
     assert_refused(done, tmp_path, *changes, lines=3)
 
