@@ -161,14 +161,15 @@ PRESETS = {
         SDCLIP_K_EMBED=20 EMBED_GPTQ=0 HESSIAN_RANKS=first SCORE_TAIL=0 GPTQ_RESERVE_SECONDS=10
         COMPRESSOR=brotli""",
     # The strongest published training stack (PR #2014 and what led to it), with this script's
-    # quantiser: 17 virtual layers, routed lanes, gates, document masking, growing lengths.
+    # quantiser: 17 virtual layers, routed lanes, gates, document masking, growing lengths,
+    # adapters by document. Not its global phase of adaptation, nor carried adapters.
     "frontier": """
         VIRTUAL_ORDER=0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10 RECUR_START_FRAC=0.35 SKIP_ROWS=orders
         PARALLEL_START_LAYER=8 LANE_ROUTING=learned VE_ENABLED=0 QK_GAIN_INIT=5.25 ATTN_GATE=sparse
         SMEAR_GATE=1 MATRIX_LR=0.026 EMBED_WD=0.085 BETA2=0.99 MUON_MOMENTUM=0.97
         NS_COEFFICIENTS=polar WARMDOWN_FRAC=0.85 MIN_LR=0.1 VAL_LOSS_EVERY=0 DOC_MASK=1
         TRAIN_SEQ_LEN=3072 TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1 EVAL_SEQ_LEN=3072
-        EVAL_PLAN=documents GPTQ_CALIBRATION_BATCHES=32""",
+        EVAL_PLAN=documents TTT=lora GPTQ_CALIBRATION_BATCHES=32""",
     # One H100 makes about 630 steps in 590 s at PR #1471's speed: its starts and warm-ups as shares
     # of the run (204.6 of 590 s; 1500 of 4968 steps), its EMA window (286 of 4968 steps) likewise.
     "one_gpu": """
@@ -5707,7 +5708,8 @@ def main(argv: list[str], env) -> int:
         elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
               or "can't allocate memory" in str(error)):
             faults = ["out of memory; lower MICRO_BATCH_TOKENS (the result stays the same) or, "
-                      f"when scoring, VAL_BATCH_TOKENS. {detail}"]
+                      "when scoring, VAL_BATCH_TOKENS, TTT_BATCH_DOCS or TTT_BATCH_SEQS; "
+                      f"STAGE=evaluate scores what is packed. {detail}"]
         else:
             raise  # not the user's mistake: a traceback is what helps
     if not shared or is_main_rank(env):
