@@ -4,6 +4,7 @@
 
 Sections, most important first: `step` (ours and plain at both depths), `memory`, `candidates`
 (ours with each kernel of tests/candidates put in; needs Triton and a GPU, or its interpreter),
+`frontier` (steps of PRESET=frontier by depth and training length, packed rows and not),
 `evaluation` (sliding windows), `parts` (optimizer, loader), `artifact` (GPTQ, search, packing,
 reading), `overlay` (losses of both sides over 200 steps). Prints one line a figure as it is found,
 with the share of this device's own matrix rate where that means something; --rows writes them as
@@ -18,6 +19,7 @@ step.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -257,6 +259,43 @@ def step(bench: Bench):
                        roof_share=rate / bench.roof,
                        tokens_per_second=bench.config.train_batch_tokens / seconds)
         bench.tell("speedup", depth=depth, ours_over_plain=median["plain"] / median["ours"])
+
+
+def frontier(bench: Bench):
+    """Steps of PRESET=frontier at both depths and all its lengths, documents as long as text's."""
+    free(bench)
+    given: dict[str, Any] = dict(TINY, row_tokens=256) if bench.tiny else dict(FULL)
+    lengths = (16, 32, 64) if bench.tiny else (1024, 2048, 3072)
+    preset = train_gpt.load_config({"PRESET": "frontier"})
+    order = (0, 1, 2, 1, 2, 3) if bench.tiny else preset.virtual_order
+    given.update(virtual_order=order, train_seq_schedule=(), ve_enabled=False,
+                 train_seq_len=lengths[-1], eval_seq_len=lengths[-1],
+                 parallel_start_layer=2 if bench.tiny else 8)
+    config = dataclasses.replace(preset, **given)
+    rows = np.random.default_rng(0).integers(2, config.vocab_size, size=(
+        config.step_rows, config.row_len + 1), dtype=np.uint16)
+    rows[np.random.default_rng(1).random(rows.shape) < 1 / 811] = train_gpt.BOS_ID
+    for masked, some in ((True, lengths), (False, lengths[-1:])):
+        c = dataclasses.replace(config, doc_mask=masked)
+        backend, attend, scope, _ = train_gpt.choose_attention(c, bench.runtime)
+        with scope:
+            one = copy.copy(bench)
+            one.config, one.attend = c, attend
+            side, before = Ours(one), bench.runtime.compiled_graphs()
+            for depth, layout in dict(zip(("before", "after"), dict.fromkeys(
+                    phase.layout for phase in train_gpt.phases(c)))).items():
+                for length in some:
+                    cut = rows if masked else rows[:, :-1].reshape(-1, length)
+                    cut = cut if masked else np.pad(cut, ((0, 0), (0, 1)), mode="edge")
+                    batch = train_gpt.batch_of_rows(cut, c, bench.runtime, length)
+                    seconds_of(bench, stepper(side, batch, layout), 1)  # compiles
+                    spent = in_turns(bench, {"ours": stepper(side, batch, layout)})["ours"]
+                    bench.tell("frontier", depth=depth, layers=len(layout.order), length=length,
+                               masked=masked, backend=backend,
+                               ms=1000 * statistics.median(spent),
+                               graphs=bench.runtime.compiled_graphs() - before)
+        del side
+        free(bench)
 
 
 def overlay(bench: Bench):
@@ -490,7 +529,8 @@ def candidates(bench: Bench):
         free(bench)
 
 
-SECTIONS = {f.__name__: f for f in (step, memory, candidates, evaluation, parts, artifact, overlay)}
+SECTIONS = {f.__name__: f for f in (
+    step, frontier, memory, candidates, evaluation, parts, artifact, overlay)}
 
 
 def chosen(text: str) -> Iterator[Callable[[Bench], None]]:

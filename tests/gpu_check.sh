@@ -70,13 +70,15 @@ section device 30 device.txt bash -c describe
 section full_run 190 full_run.txt bash -c full_run
 bench="$root/tests/bench_step.py"
 if [ -n "$tiny" ]; then
-  section step 60 console.txt "$python" "$bench" --tiny --rows "$out/bench.jsonl" --sections step
+  section step 60 console.txt "$python" "$bench" --tiny --rows "$out/bench.jsonl" \
+    --sections step,frontier
   section kernels 60 kernels.jsonl env TRITON_INTERPRET=1 "$python" -m candidates.check odd
   section parts 60 console.txt "$python" "$bench" --tiny --rows "$out/bench.jsonl" \
     --sections evaluation,memory,parts,artifact,overlay
 else
   section step 170 console.txt "$python" "$bench" --rows "$out/bench.jsonl" --sections step
-  section kernels 100 kernels.jsonl "$python" -m candidates.check full
+  section frontier 150 console.txt "$python" "$bench" --rows "$out/bench.jsonl" --sections frontier
+  section kernels 60 kernels.jsonl "$python" -m candidates.check full
   section swap 200 console.txt "$python" "$bench" --rows "$out/bench.jsonl" --sections candidates
   section parts 120 console.txt "$python" "$bench" --rows "$out/bench.jsonl" \
     --sections evaluation,memory,parts,artifact

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Iterator
 
+# (layers, length) -> ms a step of each GPU's share, packed rows: logs of PR #2014
+PUBLISHED_FRONTIER_MS = {(11, 1024): 91.7, (11, 2048): 96.9, (17, 2048): 141.1, (17, 3072): 146.1}
 PUBLISHED_MS = {11: 102.3, 14: 125.7}  # PR #1471 on H100s with FlashAttention-3
 
 
@@ -72,6 +74,12 @@ def step_lines(rows: list[dict]) -> Iterator[str]:
             yield (f"  {row['side']:5} {row['layers']:2} layers {row['ms']:8.2f} ms "
                    f"[{row['low_ms']:.2f}, {row['high_ms']:.2f}] {row['tflops']} TFLOP/s "
                    f"{100 * row['roof_share']:.0f} % of the roof{context}")
+        if row["row"] == "frontier":
+            published = PUBLISHED_FRONTIER_MS.get((row["layers"], row["length"]))
+            context = f" (PR #2014, 8×H100: {published})" if published and row["masked"] else ""
+            yield (f"  frontier, {row['layers']} layers, length {row['length']}, "
+                   f"{'documents apart' if row['masked'] else 'whole windows'}, "
+                   f"{row['backend']}: {row['ms']:.2f} ms{context}")
         if row["row"] == "speedup" and "ours_over_plain" in row:
             yield f"  ours over plain {row['depth']} the switch: {row['ours_over_plain']:.3f}"
 
@@ -96,7 +104,7 @@ def kernel_lines(kernels: list[dict], rows: list[dict]) -> Iterator[str]:
 def other_lines(rows: list[dict]) -> Iterator[str]:
     """Yield evaluation, memory, optimizer, loader, GPTQ, packing as they were printed."""
     yield "parts"
-    told = {"device", "step", "compile", "swap"}
+    told = {"device", "step", "compile", "swap", "frontier"}
     for row in rows:
         if row["row"] not in told and "ours_over_plain" not in row:
             fields = " ".join(f"{k}={v}" for k, v in row.items() if k != "row")
