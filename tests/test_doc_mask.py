@@ -278,9 +278,10 @@ def test_compiled_shapes_give_the_same_losses():
     """More fills, and rotary tables and padding of the longest length, whatever this one is."""
     config = masked_config(**FRONTIER)
     model, layout = random_model(config, dtype=torch.float64), layouts_of(config)[1]
+    batches = [batch_of_rows(ROWS, config, rank_that(on), 5) for on in (False, True)]
+    assert [batch.longest for batch in batches] == [5, 8]
     with torch.no_grad():
-        eager, compiled = (model.token_losses(batch_of_rows(ROWS, config, rank_that(on), 5), layout)
-                           for on in (False, True))
+        eager, compiled = (model.token_losses(batch, layout) for batch in batches)
     torch.testing.assert_close(compiled, eager, rtol=1e-11, atol=1e-12)
 
 
@@ -743,6 +744,21 @@ def test_ranks_calibrate_on_the_same_packed_rows(corpus, monkeypatch, rule):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert any(value.any() for value in alone.values()) and forwards
+
+
+def test_what_is_collected_of_a_row_is_the_sum_over_its_parts(corpus, monkeypatch):
+    monkeypatch.setattr(Calibration, "GRADIENT_TOKENS", 10)
+    config = masked_config(**FRONTIER, step_rule="fisher")
+    model, layout = random_model(config), layouts_of(config)[1]
+    calibration, batch = Calibration(model, config, Rank()), loader_of(corpus).read(2, 1, 8, 3)
+    found, expected = calibration.collect(layout, batch, 2), Counter()
+    for i, part in enumerate(batch.split(1)):
+        seed = config.seed + 6 + i  # of the labels: a part's place among all parts
+        for name, value in collect_fisher(model, part, layout, calibration.wanted, seed).items():
+            expected[name] = expected[name] + value
+    assert set(found) == set(expected) == set(calibration.wanted)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_parts_of_a_row_are_its_stretches_cut_again(corpus):
