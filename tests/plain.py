@@ -52,6 +52,38 @@ def skip_map(order, num_layers, num_skip_rows=None):
     return rows
 
 
+# ---- 1b. Packed rows ----------------------------------------------------------------------
+
+
+def segment_starts(tokens, longest, bos_id=1):
+    """Return where the segments of a packed row begin, a list of ints.
+
+    tokens: ids, a list. A segment begins at 0, at every BOS, and where one has `longest` tokens.
+    Source: PR #1530.
+    """
+    starts = []
+    for t, token in enumerate(tokens):
+        if t == 0 or token == bos_id or t - starts[-1] == longest:
+            starts.append(t)
+    return starts
+
+
+def segments_of(tokens_T, sizes):
+    """Return (number of its segment, place within it) of each position, both (T,).
+
+    Without sizes["longest"] the row is one segment.
+    """
+    starts = [0]
+    if "longest" in sizes:
+        starts = segment_starts(tokens_T.tolist(), sizes["longest"])
+    numbers, places = [], []
+    for t in range(len(tokens_T)):
+        before = [start for start in starts if start <= t]
+        numbers.append(len(before) - 1)
+        places.append(t - before[-1])
+    return torch.tensor(numbers), torch.tensor(places)
+
+
 # ---- 2. Forward pass ----------------------------------------------------------------------
 
 
@@ -106,16 +138,19 @@ def rope_base_at(length, rope_dims, rope_base, train_seq_len):
     return rope_base * (length / train_seq_len) ** (rope_dims / (rope_dims - 2))
 
 
-def rotate(x_TK, sizes):
+def rotate(x_TK, sizes, place_T=None):
     """Return x with rotary positions on its first rope_dims columns (0: all), half-split pairs.
 
     Tables are computed in the dtype of x. Sign as in PR #1471: a cos + b sin, -a sin + b cos.
+    place_T: the positions, 0, 1, ... by default.
     """
     T, K = x_TK.shape
     rope_dims = sizes["rope_dims"] if sizes["rope_dims"] > 0 else K
     half = rope_dims // 2
-    base = rope_base_at(T, rope_dims, sizes["rope_base"], sizes["train_seq_len"])
-    position_T = torch.arange(T, dtype=x_TK.dtype, device=x_TK.device)
+    length = sizes.get("longest", T)
+    base = rope_base_at(length, rope_dims, sizes["rope_base"], sizes["train_seq_len"])
+    position_T = torch.arange(T, device=x_TK.device) if place_T is None else place_T
+    position_T = position_T.to(x_TK.dtype)
     first, second = [], []
     for i in range(half):
         angle_T = position_T * base ** (-2.0 * i / rope_dims)
@@ -127,12 +162,17 @@ def rotate(x_TK, sizes):
     return torch.cat([rotated, x_TK[:, rope_dims:]], dim=1)
 
 
-def causal_attention(q_TK, k_TK, v_TK):
-    """Return softmax(q k' / sqrt(K), masked to s <= t) v for one head, (T, K)."""
+def causal_attention(q_TK, k_TK, v_TK, segment_T=None):
+    """Return softmax(q k' / sqrt(K), masked to s <= t) v for one head, (T, K).
+
+    segment_T: a number for each position; those of another number are masked too.
+    """
     T, K = q_TK.shape
     scores_TS = (q_TK @ k_TK.T) / math.sqrt(K)
-    future_TS = torch.ones(T, T, dtype=torch.bool, device=q_TK.device).triu(1)
-    return torch.softmax(scores_TS.masked_fill(future_TS, -math.inf), dim=-1) @ v_TK
+    hidden_TS = torch.ones(T, T, dtype=torch.bool, device=q_TK.device).triu(1)
+    if segment_T is not None:
+        hidden_TS = hidden_TS | (segment_T[:, None] != segment_T)
+    return torch.softmax(scores_TS.masked_fill(hidden_TS, -math.inf), dim=-1) @ v_TK
 
 
 def exclude_self(o_TK, v_TK):
@@ -159,13 +199,15 @@ def attention(params, layer, z_TD, tokens_T, sizes):
     if layer in sizes["ve_layers"]:
         layer_scale = params["ve.layer_scales"][list(sizes["ve_layers"]).index(layer)]
         v = v + layer_scale * value_embedding(params, tokens_T)
+    segment_T, place_T = segments_of(tokens_T, sizes)
     outputs = []
     for head in range(sizes["num_heads"]):
         group = head // heads_per_group
-        q_TK = rotate(rms_norm(q[:, head * K : (head + 1) * K]), sizes)
-        k_TK = rotate(rms_norm(k[:, group * K : (group + 1) * K]), sizes)
+        q_TK = rotate(rms_norm(q[:, head * K : (head + 1) * K]), sizes, place_T)
+        k_TK = rotate(rms_norm(k[:, group * K : (group + 1) * K]), sizes, place_T)
         v_TK = v[:, group * K : (group + 1) * K]
-        o_TK = causal_attention(q_TK * params[prefix + "q_gain"][head], k_TK, v_TK)
+        q_TK = q_TK * params[prefix + "q_gain"][head]
+        o_TK = causal_attention(q_TK, k_TK, v_TK, segment_T)
         if layer >= sizes["num_layers"] - sizes["xsa_last_n"]:
             o_TK = exclude_self(o_TK, v_TK)
         if prefix + "gate" in params:  # each head's output by a sigmoid of the first inputs
@@ -291,7 +333,7 @@ def forward(params, tokens_BT, order, sizes, skip_to_lanes=True):
     order: physical layer per virtual position (virtual_order).
     sizes: dict of num_layers, num_heads, num_kv_heads, head_dim, rope_dims (0: all), rope_base,
         train_seq_len, ve_layers, xsa_last_n, lane_start (0 or >= num_layers: no lanes),
-        logit_softcap, ln_scale, skip_gates.
+        logit_softcap, ln_scale, skip_gates; longest, of packed rows: tokens of a segment at most.
     skip_to_lanes: skip rows that arrive after the split join the attention lane (PR #1395);
         False loses them (PR #1471).
     """
@@ -596,6 +638,20 @@ def sliding_windows(num_targets, seq_len, stride):
         end = min(start + seq_len, num_targets)
         first = 0 if start == 0 else start + seq_len - stride
         windows.append((start, [p for p in range(start, end) if p >= first]))
+    return windows
+
+
+def document_windows(tokens, seq_len, stride, bos_id=1):
+    """Return [(start, [scored stream positions])] of windows that stay within documents.
+
+    tokens: ids, a list; all but the last are read, all but the first are targets. Each document
+    is read as sliding_windows() reads a stream; a BOS is the last target of the one before it.
+    """
+    starts = segment_starts(tokens[:-1], math.inf, bos_id)
+    windows = []
+    for start, end in zip(starts, starts[1:] + [len(tokens) - 1]):
+        for first, positions in sliding_windows(end - start, seq_len, stride):
+            windows.append((start + first, [start + p for p in positions]))
     return windows
 
 
