@@ -4573,8 +4573,8 @@ class Trainer:
         return batch_of_rows(ids, config, self.runtime, longest, parts)
 
     def synthetic_text(self) -> Validation:
-        """Return random tokens that fill a forward of the evaluation."""
-        size = math.prod(self.config.whole_windows[1:3])
+        """Return random tokens that fill a forward of the evaluation on every rank."""
+        size = self.runtime.world_size * math.prod(self.config.whole_windows[1:3])
         ids = np.random.default_rng(0).integers(self.config.vocab_size, size=size + 1)
         return Validation(ids.astype(np.uint16), np.zeros(size, np.uint16), 0, "table", size, size,
                           "")
@@ -4691,7 +4691,7 @@ class Trainer:
         with self.clock.span("checkpoint"):
             header = dict(kind="checkpoint", step=state.step, training_seconds=elapsed,
                           order=list(self.layout.order), changed=state.changed,
-                          seq_len=self.phases[state.phase].seq_len)
+                          phase=state.phase)
             try:
                 self.runtime.first(write_tensors, path, header, state.tensors())
             except (ConfigError, OSError) as error:  # the run is worth more than its checkpoint
@@ -4721,10 +4721,11 @@ class Trainer:
         mean = self.runtime.sum_(loss.double().cpu()).item() / self.runtime.world_size
         self.check_gradients()
         seconds, tokens = self.clock.training_seconds(), step * config.train_batch_tokens
+        recurrent = self.layout != self.phases[0].layout
         self.log.event("train", step=step, iterations=config.iterations, train_loss=mean,
                        tokens_per_second=tokens / max(seconds, 1e-9), train_minutes=seconds / 60,
                        train_seconds=round(seconds, 3), tokens=tokens,
-                       grad_norm=self.grad_norm.item(), recurrent=self.state.phase > 0,
+                       grad_norm=self.grad_norm.item(), recurrent=recurrent,
                        **dataclasses.asdict(rates))
 
 
@@ -4832,7 +4833,8 @@ class Calibration:
         self.eighth = max(1, config.step_rows // 8)  # of a step: what one batch counts here
         self.rows = even_split(self.eighth, tokens // config.row_len)
         # long rows are cut into shorter ones, a forward each
-        self.parts = config.row_len // even_split(config.row_len, tokens) if config.doc_mask else 1
+        part = even_split(config.row_len, tokens) if config.doc_mask else config.row_len
+        self.parts = config.row_len // part if 4 * part >= min(tokens, config.row_len) else 1
         self.batch_seconds, self.longest = 0.0, phases(config)[-1].seq_len
 
     def shares(self) -> list[tuple[int, int]]:
@@ -5439,8 +5441,7 @@ def leave(session: Session, trainer: Trainer, kind: str, tensors: dict[str, Tens
 def phase_of(header: dict, config: Config, origin) -> int:
     """Return the phase a file was made in; ContainerError where its settings give no such."""
     for number, phase in reversed([*enumerate(phases(config))]):
-        if (list(phase.layout.order) == header["order"]
-                and phase.seq_len == header.get("seq_len", phase.seq_len)):
+        if [*phase.layout.order] == header["order"] and number == header.get("phase", number):
             return number
     raise ContainerError(f"{origin}: layer order {header['order'][:99]} is not one its settings "
                          "give; make the file again")

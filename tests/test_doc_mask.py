@@ -945,12 +945,12 @@ def test_an_artifact_can_be_scored_by_either_plan(nursery, tiny_data, masked_run
 def test_a_run_stopped_in_every_stage_of_its_schedule_ends_with_the_same_bytes(
         nursery, masked_env, masked_run, tmp_path):
     env = dict(masked_env)
-    for steps, length in ((1, 16), (3, 32), (5, 32), (7, 64)):
+    for phase, (steps, length) in enumerate(((1, 16), (3, 32), (5, 32), (7, 64))):
         stop = f"at_event('train', signal_self({int(signal.SIGTERM)}), {1 if steps == 1 else 2})"
         run = nursery.run(env, tmp_path, before=stop)
         assert run.rc == 128 + signal.SIGTERM, run.stderr
         header, _ = train_gpt.read_tensors(tmp_path / "runs/x/checkpoint", "checkpoint")
-        assert (header["step"], header["seq_len"]) == (steps, length)
+        assert (header["step"], header["phase"]) == (steps, phase)
         assert header["changed"] == {16: None, 32: 2, 64: 6}[length]
         env["RESUME"] = 1
     run = nursery.run(env, tmp_path)
@@ -971,3 +971,16 @@ def test_two_ranks_train_on_packed_rows_like_one(nursery, masked_env, masked_run
               for folder in (tmp_path, masked_run[0])]
     assert scores[0]["sliding"]["val_bpb"] == pytest.approx(scores[1]["sliding"]["val_bpb"],
                                                             rel=2e-3)
+
+
+def test_a_schedule_that_returns_to_a_length_goes_on_where_it_stopped(
+        nursery, masked_env, tmp_path):
+    """The phase is told by its number: two of this schedule have the same length and order."""
+    env = {**masked_env, "TRAIN_SEQ_SCHEDULE": "64@0.25,32@0.75,64@1", "RECUR_START_FRAC": 1}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    assert nursery.run(env, whole).rc == 0
+    stop = f"at_event('train', signal_self({int(signal.SIGTERM)}), 1)"
+    assert nursery.run(env, parts, before=stop).rc == 128 + signal.SIGTERM
+    assert nursery.run({**env, "RESUME": 1}, parts).rc == 0
+    assert products(parts) == products(whole)

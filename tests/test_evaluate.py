@@ -1,6 +1,7 @@
 """Windows score each target once, seeing what they may see; sums are those of a slow count."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import plain
@@ -22,6 +23,7 @@ from toys import (
 
 from train_gpt import (
     Score,
+    Trainer,
     Validation,
     load_config,
     load_validation,
@@ -140,6 +142,17 @@ def test_ranks_share_the_windows(plan, batch, world_size):
         counts.append(len(mine))
     assert found == plan_windows(num_targets, seq_len, stride)[0].tolist()
     assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("plan", ("windows", "documents"))
+def test_every_rank_finds_a_forward_to_warm_up(plan):
+    """However few windows a forward has: its synthetic text is cut among the ranks too."""
+    config = toy_config(val_batch_tokens=64, eval_plan=plan)
+    assert config.eval_batch_windows == 1
+    for rank in range(4):
+        some = SimpleNamespace(config=config, runtime=Rank(rank, 4))
+        text = Trainer.synthetic_text(some)
+        assert batches_of(text, config.whole_windows, some.runtime)
 
 
 @given(plans(), st.integers(1, 7))
