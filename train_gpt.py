@@ -4270,14 +4270,12 @@ class Pace:
         self.limit_seconds, self.now, self.began = limit_seconds or math.inf, now, now()
         self.growth, self.foretold_seconds = 1, 0.0
 
-    def fit(self, tokens_at, tokens_per_second: float, most: int):
-        """Choose the growth, below 2 x `most`; tokens_at(growth) -> tokens of the slowest rank."""
-        while True:
-            self.foretold_seconds = tokens_at(self.growth) / tokens_per_second
-            if self.foretold_seconds <= self.limit_seconds or self.growth >= most:
-                break
-            self.growth *= 2
-        self.began = self.now()
+    def fit(self, tokens_at, tokens_per_second: float):
+        """Choose the growth while it helps; tokens_at(growth) -> tokens of the slowest rank."""
+        tokens, most = tokens_at(1), self.limit_seconds * tokens_per_second
+        while tokens > most and (fewer := tokens_at(2 * self.growth)) < tokens:
+            tokens, self.growth = fewer, 2 * self.growth
+        self.foretold_seconds, self.began = tokens / tokens_per_second, self.now()
 
     def late(self) -> bool:
         return self.now() - self.began > self.limit_seconds
@@ -4383,7 +4381,7 @@ class Adaptation:
             found = costs(growth)
             return max(sum(found[i] for i in mine) for mine in deal(found, ranks))
 
-        pace.fit(slowest, self.tokens_per_second(), config.eval_seq_len)
+        pace.fit(slowest, self.tokens_per_second())
         dealt, targets = deal(costs(pace.growth), ranks), len(self.text.target_bytes)
         log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold_seconds,
                   documents=sum(len(unit.sizes) for unit in units), linked=config.ttt_warm_a,
