@@ -770,6 +770,23 @@ def test_growth_that_fits_is_what_is_done(watch, monkeypatch):
     assert counts[0] > counts[1] > counts[2]
 
 
+def test_speed_is_measured_on_synthetic_tokens_and_leaves_no_trace(monkeypatch):
+    """Whatever the text is, the same forwards; the weights and the score are as before."""
+    texts = text_of(SIZES), text_of(SIZES, seed=5)
+    model, seen = random_model(toy()), []
+    before = slow_params(model)
+    token_losses = train_gpt.GPT.token_losses
+    monkeypatch.setattr(train_gpt.GPT, "token_losses", lambda model, batch, layout: (
+        seen.append(batch.tokens.tolist()), token_losses(model, batch, layout))[1])
+    for text in texts:
+        made = adaptation(toy(), text, model=model)
+        assert made.tokens_per_second() > 0 and made.text is text
+        assert torch.equal(made.tokens, torch.from_numpy(text.tokens.view(np.int16)))
+    half = len(seen) // 2
+    assert half > 1 and seen[:half] == seen[half:]
+    assert all(torch.equal(value, before[name]) for name, value in slow_params(model).items())
+
+
 @settings(max_examples=200)
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 9))
 def test_units_are_dealt_once_and_evenly(costs, ranks):
@@ -957,6 +974,13 @@ def test_an_older_artifact_reads_as_without():
     assert (config.adapts, config.ttt_epochs, config.ttt_momentum) == ("sgd", 5, 0.9)
 
 
+@pytest.mark.xfail(strict=True, reason="nothing is learned then, and nothing says so")
+def test_chunks_shorter_than_a_sequence_are_refused_or_said_aloud():
+    env = {"TTT": "sgd", "TTT_CHUNK_TOKENS": "1024", "EVAL_SEQ_LEN": "2048"}
+    with contextlib.suppress(ConfigError):
+        assert any("TTT_CHUNK_TOKENS" in line for line in notices(load_config(env), env))
+
+
 @pytest.mark.xfail(strict=True, reason="the older file's TTT=none forbids TTT_ENABLED=1")
 def test_the_published_switch_acts_on_an_older_artifact():
     config = load_config({"STAGE": "evaluate", "TTT_ENABLED": "1"})
@@ -1071,7 +1095,8 @@ def test_evaluating_its_artifact_gives_the_same_bits_even_when_killed(nursery, s
 def test_another_window_takes_nothing_from_the_journal(nursery, small_env, shared, tmp_path):
     run = shared("adapted_lora", lambda cwd: run_of(
         nursery, {**small_env, **KINDS["lora"][0]}, cwd))
-    env = evaluation(small_env, run)
+    env = evaluation(small_env, run, EVAL_STRIDE=16)
     killer = "at_call(train_gpt.Adaptation, 'adapt', signal_self(), 4)"
-    assert nursery.run({**env, "EVAL_SEQ_LEN": 16}, tmp_path, before=killer).rc < 0
-    assert run_of(nursery, env, tmp_path).scores == run.scores
+    killed = nursery.run({**env, "EVAL_SEQ_LEN": 16}, tmp_path, before=killer)
+    assert killed.rc == -signal.SIGKILL, killed.stderr
+    assert run_of(nursery, env, tmp_path).scores["ttt"] == run.scores["ttt"]
