@@ -58,7 +58,7 @@ TOY = dict(num_layers=4, recur_layers=(1, 2), ve_layers=(2,), parallel_start_lay
            attn_gate="sparse", gate_window=5, smear_gate=True, lane_routing="learned",
            skip_rows="orders", eval_plan="documents", ttt="lora", ttt_places=PLACES, ttt_rank=3,
            ttt_alpha=6.0, ttt_lr=0.03, ttt_chunks=("5:1", "12:2", "4"), ttt_batch_docs=3,
-           ttt_max_seconds=0.0)
+           ttt_max_seconds=0.0, rope_dims=4)  # which may turn slower in longer windows
 SGD = dict(ttt="sgd", ttt_lr=0.1, ttt_chunk_tokens=20, ttt_batch_seqs=2, ttt_epochs=2,
            ttt_grad_clip=0.5)
 SIZES = (7, 1, 21, 3, 12, 16, 2, 9, 5, 13)
@@ -346,7 +346,8 @@ def test_gradients_and_steps_equal_merged_dense_matrices(routing, which, monkeyp
 
 def test_scores_while_learning_equal_the_slow_form(watch):
     """From adapters as they begin; TTT_ALPHA / TTT_RANK, the last step of AdamW and all."""
-    config, text = toy(ttt_beta1=0.0, ttt_lr=0.01), text_of(SIZES)
+    # of a first token alone q and k have rounding for a gradient, which AdamW makes a step
+    config, text = toy(ttt_lr=0.01, ttt_chunks=("12:2", "4")), text_of(SIZES)
     made = adaptation(config, text)
     found_nats = score_of(config, text, model=made.model).nats
     found, start = joined(watch.scores()), row_of(made.new_adapters(1), 0)
@@ -356,7 +357,8 @@ def test_scores_while_learning_equal_the_slow_form(watch):
         def slow(rate, begin=begin, size=size):
             return np.array(plain.adapt_to_document(
                 slow_params(made.model), tokens[begin:begin + size + 1], made.layout.order,
-                sizes_of(config), start, 2.0, chunk_of(size), 8, rate, (0.0, 0.99), 1e-10, 0.5)[0])
+                sizes_of(config), start, 2.0, max(2, chunk_of(size)), 8, rate, (0.0, 0.99), 1e-10,
+                0.5)[0])
         nats = slow(0.01)
         assert [found[begin + i] for i in range(size)] == pytest.approx(nats, abs=0.01, rel=0.01)
         moved += np.abs(nats - slow(0.0)).sum()
@@ -391,7 +393,7 @@ def test_a_changed_token_leaves_every_earlier_score_as_it_was(way, watch):
     before, reached, beyond = scores(text), 0, 0
     by_place = joined(before)
     stream = config.ttt == "sgd"
-    for at in (i for i in range(2, len(text.tokens), 13 if stream else 9) if text.tokens[i] != BOS):
+    for at in (i for i in range(2, len(text.tokens), 13) if text.tokens[i] != BOS):
         after = scores(changed(text, at))
         assert [*map(len, after)] == [*map(len, before)]
         target = at - 1  # what token `at` is the target of
@@ -598,8 +600,7 @@ def test_documents_side_by_side_are_scored_as_alone(watch):
     tokens[-1] = tokens[begins[5]]  # the last target of both
     text = dataclasses.replace(text, tokens=tokens)
     found = []
-    for at_once in (1, 2, 3, 5, 11):
-        # of a first token alone q and k have rounding for a gradient, which AdamW makes a step
+    for at_once in (1, 2, 3, 11):  # chunks as in test_scores_while_learning_equal_the_slow_form
         score_of(toy(ttt_batch_docs=at_once, ttt_lr=0.01, ttt_chunks=("12:2", "4")), text)
         found.append(joined(watch.scores()))
         one, two = ([found[-1][begins[i] + j] for j in range(12)] for i in (4, 10))
@@ -632,7 +633,7 @@ def test_warm_inner_halves_go_on_and_outer_ones_begin_anew(watch):
 
 @pytest.mark.xfail(strict=True, reason="rotation is that of the longest row of a batch")
 def test_documents_side_by_side_are_scored_as_alone_beyond_the_training_length(watch):
-    config = dict(eval_seq_len=16, train_seq_len=8, rope_dims=4, ttt_lr=0.0, ttt_chunks=("4",))
+    config = dict(eval_seq_len=16, train_seq_len=8, ttt_lr=0.0, ttt_chunks=("4",))
     found = []
     for at_once in (1, 3):
         score_of(toy(**config, ttt_batch_docs=at_once), text_of(SIZES))
