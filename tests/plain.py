@@ -215,14 +215,16 @@ def attention(params, layer, z_TD, tokens_T, sizes):
             argument_T = sizes["gate_scale"] * torch.sum(z_TD[:, : len(row)] * row, dim=1)
             o_TK = o_TK / (1 + torch.exp(-argument_T))[:, None]
         outputs.append(o_TK)
-    return torch.cat(outputs, dim=1) @ params[prefix + "out.weight"].T
+    out_TD = torch.cat(outputs, dim=1) @ params[prefix + "out.weight"].T
+    return out_TD + z_TD @ params["bypass.o"].T if "bypass.o" in params else out_TD
 
 
 def mlp(params, layer, z_TD):
     """Return the MLP branch of one layer, (T, D): leaky ReLU of slope 0.5, squared. PR #549."""
     h = z_TD @ params[f"blocks.{layer}.mlp.up.weight"].T
     h = torch.clamp(h, min=0) + 0.5 * torch.clamp(h, max=0)
-    return (h * h) @ params[f"blocks.{layer}.mlp.down.weight"].T
+    out_TD = (h * h) @ params[f"blocks.{layer}.mlp.down.weight"].T
+    return out_TD + z_TD @ params["bypass.mlp"].T if "bypass.mlp" in params else out_TD
 
 
 def normed(x_TD, layer, sizes):
@@ -267,6 +269,22 @@ def smear(params, e_TD, tokens_T, bos_id=1):
     return torch.stack(rows)
 
 
+def at_step(params, layer, at):
+    """Return params as one virtual step has them, where any "adapted.{step}.{place}" are given.
+
+    Those are dense matrices: of q, k and v added to the layer's own, of o and mlp beside the half.
+    """
+    merged = dict(params)
+    for place in ("q", "k", "v"):
+        if f"adapted.{at}.{place}" in params:
+            name = f"blocks.{layer}.attn.{place}.weight"
+            merged[name] = params[name] + params[f"adapted.{at}.{place}"]
+    for place in ("o", "mlp"):
+        if f"adapted.{at}.{place}" in params:
+            merged[f"bypass.{place}"] = params[f"adapted.{at}.{place}"]
+    return merged
+
+
 def encode(params, tokens_T, order, sizes):
     """Run the embedding and the first half of the order.
 
@@ -277,9 +295,10 @@ def encode(params, tokens_T, order, sizes):
         e_TD = smear(params, e_TD, tokens_T)
     x0_TD = rms_norm(e_TD)
     x_TD, stack = x0_TD, []
-    for layer in order[: len(order) // 2]:
-        x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
-        x_TD = mlp_half(params, layer, x_TD, sizes)
+    for at, layer in enumerate(order[: len(order) // 2]):
+        here = at_step(params, layer, at)
+        x_TD = attention_half(here, layer, x_TD, x0_TD, tokens_T, sizes)
+        x_TD = mlp_half(here, layer, x_TD, sizes)
         stack.append(x_TD)
     return x_TD, x0_TD, stack
 
@@ -302,6 +321,7 @@ def decode(params, tokens_T, order, sizes, skip_to_lanes, encoded):
     lanes_on = 0 < sizes["lane_start"] < sizes["num_layers"]
     attn_lane, mlp_lane, split = None, None, False
     for row, layer in enumerate(order[len(order) // 2 :]):
+        here = at_step(params, layer, len(order) // 2 + row)
         if len(stack) > 0 and row < len(params["skip_weights"]):
             skip_TD = stack.pop()
             if not split:
@@ -311,13 +331,13 @@ def decode(params, tokens_T, order, sizes, skip_to_lanes, encoded):
         if lanes_on and layer >= sizes["lane_start"] and not split:
             attn_lane, mlp_lane, split = x_TD, x_TD, True
         if split and "lane_keep" in params:
-            attn_lane, mlp_lane = routed(params, layer, attn_lane, mlp_lane, x0_TD, tokens_T, sizes)
+            attn_lane, mlp_lane = routed(here, layer, attn_lane, mlp_lane, x0_TD, tokens_T, sizes)
         elif split:
-            attn_lane = attention_half(params, layer, attn_lane, x0_TD, tokens_T, sizes)
-            mlp_lane = mlp_half(params, layer, mlp_lane, sizes)
+            attn_lane = attention_half(here, layer, attn_lane, x0_TD, tokens_T, sizes)
+            mlp_lane = mlp_half(here, layer, mlp_lane, sizes)
         else:
-            x_TD = attention_half(params, layer, x_TD, x0_TD, tokens_T, sizes)
-            x_TD = mlp_half(params, layer, x_TD, sizes)
+            x_TD = attention_half(here, layer, x_TD, x0_TD, tokens_T, sizes)
+            x_TD = mlp_half(here, layer, x_TD, sizes)
     if split and "lane_keep" in params:
         x_TD = (attn_lane + mlp_lane) / 2
     elif split:
@@ -341,17 +361,23 @@ def forward(params, tokens_BT, order, sizes, skip_to_lanes=True):
     for tokens_T in tokens_BT:
         encoded = encode(params, tokens_T, order, sizes)
         x_TD = decode(params, tokens_T, order, sizes, skip_to_lanes, encoded)
-        raw_TV = rms_norm(x_TD) @ params["tok_emb.weight"].T
+        head_VD = params["tok_emb.weight"] + params.get("adapted.head", 0)
+        raw_TV = rms_norm(x_TD) @ head_VD.T
         logits.append(sizes["logit_softcap"] * torch.tanh(raw_TV / sizes["logit_softcap"]))
     return torch.stack(logits)
 
 
 def loss(params, tokens_BT, targets_BT, order, sizes, skip_to_lanes=True):
     """Return the mean negative log-likelihood per target, in nats, a scalar tensor."""
+    return torch.mean(losses(params, tokens_BT, targets_BT, order, sizes, skip_to_lanes))
+
+
+def losses(params, tokens_BT, targets_BT, order, sizes, skip_to_lanes=True):
+    """Return the negative log-likelihood of each target, in nats, (B, T)."""
     logits_BTV = forward(params, tokens_BT, order, sizes, skip_to_lanes)
     log_norm_BT = torch.logsumexp(logits_BTV, dim=-1)
     target_logit_BT = torch.gather(logits_BTV, 2, targets_BT[..., None])[..., 0]
-    return torch.mean(log_norm_BT - target_logit_BT)
+    return log_norm_BT - target_logit_BT
 
 
 # ---- 3. Optimizer -------------------------------------------------------------------------
@@ -698,3 +724,105 @@ def byte_cost(prev_id, target_id, table):
     if bool(table["leadspace"][target_id]) and not bool(table["boundary"][prev_id]):
         cost += 1
     return cost
+
+
+# ---- 7. Test-time training ----------------------------------------------------------------
+
+
+def document_windows(begins, num_targets, seq_len, stride):
+    """Return sliding_windows() of each document, at their places in the text."""
+    windows = []
+    for begin, end in zip(begins, [*begins[1:], num_targets]):
+        for start, positions in sliding_windows(end - begin, seq_len, stride):
+            windows.append((begin + start, [begin + p for p in positions]))
+    return windows
+
+
+def sgd_while_scoring(params, tokens, order, sizes, windows, begins, seq_len, chunk_tokens, lr,
+                      momentum, max_norm, epochs, batch_seqs, frozen_blocks=0):
+    """Return (nats of each target, the weights in the end): chunks, each scored, then learned.
+
+    tokens: (N + 1,); windows: [(start, [scored positions])]; begins: of the stretches that do not
+    see each other. Every chunk but the last is learned, its whole sequences alone. Source: PR #549.
+    """
+    num_targets = len(tokens) - 1
+    frozen = tuple(f"blocks.{i}." for i in range(frozen_blocks))
+    learned = [name for name in params if not name.startswith(frozen)] if frozen else [*params]
+    params = dict(params)
+    buffers, nats = {}, [0.0] * num_targets
+    num_chunks = math.ceil(num_targets / chunk_tokens)
+    for chunk in range(num_chunks):
+        for start, positions in windows:
+            if positions[0] // chunk_tokens == chunk:
+                end = positions[-1] + 1
+                found = losses(params, tokens[None, start:end], tokens[None, start + 1:end + 1],
+                               order, sizes)[0]
+                for p in positions:
+                    nats[p] = float(found[p - start])
+        if chunk == num_chunks - 1:
+            break
+        rate = lr * 0.5 * (1 + math.cos(math.pi * chunk / (num_chunks - 1)))
+        first, end = chunk * chunk_tokens, (chunk + 1) * chunk_tokens
+        rows = [at for at in range(first, end, seq_len) if at + seq_len <= end]
+        for _ in range(epochs):
+            for i in range(0, len(rows), batch_seqs):
+                some = rows[i:i + batch_seqs]
+                leaves = {name: params[name].clone().requires_grad_() for name in learned}
+                total = 0.0
+                for at in some:
+                    cuts = [at, *(b for b in begins if at < b < at + seq_len), at + seq_len]
+                    for a, b in zip(cuts, cuts[1:]):
+                        total = total + torch.sum(losses(
+                            {**params, **leaves}, tokens[None, a:b], tokens[None, a + 1:b + 1],
+                            order, sizes))
+                total = total / (len(some) * seq_len)
+                grads = torch.autograd.grad(total, [*leaves.values()], allow_unused=True)
+                grads = [torch.zeros_like(params[name]) if g is None else g
+                         for name, g in zip(learned, grads)]
+                grads, _ = clip(grads, max_norm)
+                for name, g in zip(learned, grads):
+                    buffers[name] = momentum * buffers[name] + g if name in buffers else g
+                    params[name] = params[name] - rate * buffers[name]
+    return nats, params
+
+
+def merged_adapters(halves, scale):
+    """Return {"adapted...": scale * B A} of halves {place: (A (N, r, in), B (N, out, r))}."""
+    merged = {}
+    for place, (inner, outer) in halves.items():
+        for at in range(len(inner)):
+            name = "adapted.head" if place == "head" else f"adapted.{at}.{place}"
+            merged[name] = scale * outer[at] @ inner[at]
+    return merged
+
+
+def adapt_to_document(params, tokens, order, sizes, halves, scale, chunk, seq_len, lr, betas, eps,
+                      weight_decay):
+    """Return (nats of each target, gradients of each step, adapters in the end) of one document.
+
+    tokens: (n + 1,). Targets are scored `chunk` at a time, in the window of the last seq_len tokens
+    up to the last of them; then one step of AdamW on their mean, but after the last chunk.
+    halves: as merged_adapters takes them. Source: PR #1530.
+    """
+    num_targets, nats, steps = len(tokens) - 1, [], []
+    moments = {place: [(torch.zeros_like(half), torch.zeros_like(half)) for half in pair]
+               for place, pair in halves.items()}
+    for done in range(0, num_targets, chunk):
+        end = min(done + chunk, num_targets)
+        start = max(0, end - seq_len)
+        leaves = {place: [half.clone().requires_grad_() for half in pair]
+                  for place, pair in halves.items()}
+        found = losses({**params, **merged_adapters(leaves, scale)}, tokens[None, start:end],
+                       tokens[None, start + 1:end + 1], order, sizes)[0, done - start:]
+        nats += found.tolist()
+        if end == num_targets:
+            break
+        flat = [half for pair in leaves.values() for half in pair]
+        grads = iter(torch.autograd.grad(torch.mean(found), flat))
+        steps.append({place: [next(grads), next(grads)] for place in leaves})
+        for place, pair in halves.items():
+            stepped = [adamw_step(half, grad, *moment, len(steps), lr, betas, eps, weight_decay)
+                       for half, grad, moment in zip(pair, steps[-1][place], moments[place])]
+            halves = {**halves, place: [new for new, _, _ in stepped]}
+            moments[place] = [(first, second) for _, first, second in stepped]
+    return nats, steps, halves
