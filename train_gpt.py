@@ -415,7 +415,8 @@ class Config:
         """TTT_CHUNKS as (tokens of a document at most, targets of its chunks); [] if malformed."""
         with contextlib.suppress(ValueError):
             parts = [part.split(":") for part in self.ttt_chunks]
-            rule = [(float(limit[0]) if limit else math.inf, int(chunk)) for *limit, chunk in parts]
+            parts = [part if len(part) > 1 else ["inf", *part] for part in parts]
+            rule = [(float(limit), int(chunk)) for limit, chunk in parts]
             limits, chunks = zip(*rule)
             if [*limits] == sorted({*limits}) and limits[-1] == math.inf and min(chunks) > 0:
                 return rule
@@ -440,7 +441,7 @@ BEATEN_BY = dict(
     recur_layers="virtual_order", muon_momentum_warmup_steps="muon_momentum_warmup_frac")
 # Settings younger than artifacts that can be read -> what a file without them was made with.
 SINCE = dict(skip_rows="depth", attn_gate="none", gate_window=12, attn_gate_scale=0.5,
-             smear_gate=False, lane_routing="scalar", eval_plan="windows", ttt="none",
+             smear_gate=False, lane_routing="scalar", eval_plan="windows", ttt="auto",
              **{name: KNOBS[name].default for name in KNOBS if name.startswith("ttt_")})
 
 # Settings published scripts read without effect, or that have none here. Setting one is said aloud.
@@ -552,6 +553,8 @@ def adaptation_rules(c: Config) -> list[tuple]:
     """Return `combination_rules` of test-time training."""
     return [
         (not c.ttt_enabled or c.ttt in ("auto", "sgd"), "ttt_enabled", "means TTT=sgd: unset it"),
+        (c.adapts != "sgd" or c.ttt_chunk_tokens >= c.eval_seq_len, "ttt_chunk_tokens",
+         "must be at least EVAL_SEQ_LEN: whole sequences of a chunk are learned"),
         (c.adapts != "lora" or c.by_documents, "ttt", "adapts to documents: EVAL_PLAN=documents"),
         (set(c.ttt_places) <= {"q", "k", "v", "o", "mlp", "head"}, "ttt_places",
          "must be some of q, k, v, o, mlp, head"),
@@ -747,8 +750,12 @@ def stored_settings(header: dict, origin: Path) -> dict:
 
 
 def artifact_config(config: Config) -> dict:
-    """Return the settings that determine model, codes or score: never ids, paths, host or time."""
-    return {name: getattr(config, name) for name in ARTIFACT_KNOBS}
+    """Return the settings that determine model, codes or score: never ids, paths, host or time.
+
+    Less those at the value that a file without them is taken to have.
+    """
+    values = {name: getattr(config, name) for name in ARTIFACT_KNOBS}
+    return {name: value for name, value in values.items() if SINCE.get(name, ...) != value}
 
 
 def idle_settings(c: Config) -> list[tuple]:
@@ -2713,7 +2720,7 @@ class RoutedLanes(OneStream):
 
 
 class SmearGate(nn.Module):
-    """Adds to each embedding a gated share of the one before, but at a document's start.
+    """Adds to each embedding a gated share of the one before, in its document and segment.
 
     Source: PR #1667, masked as in PR #1855.
     """
@@ -2723,10 +2730,11 @@ class SmearGate(nn.Module):
         self.weight = parameter(Role.CONTROL, 0.0, window)
         self.scale = parameter(Role.CONTROL, 0.0)
 
-    def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, begins_BT: Tensor) -> Tensor:
+        """Return embeddings with what they take in; begins: where nothing goes before."""
         weight, scale = self.weight.to(x_BTD.dtype), self.scale.to(x_BTD.dtype)
         gate = scale * torch.sigmoid(x_BTD[..., :len(weight)] @ weight)
-        gate = gate.masked_fill(tokens_BT == BOS_ID, 0.0)
+        gate = gate.masked_fill(begins_BT, 0.0)
         return x_BTD + gate[..., None] * F.pad(x_BTD, (0, 0, 1, -1))
 
 
@@ -2812,13 +2820,16 @@ class GPT(nn.Module):
         """Return the normed final hidden state where targets are asked for, (B, S, D)."""
         tokens, lanes, waiting = batch.tokens, self.stream, []
         x0, length = self.tok_emb(tokens), batch.longest or tokens.shape[1]
-        x0 = rms_norm(x0 if self.smear is None else self.smear(x0, tokens))
         value, scales = (None, None) if self.ve is None else self.ve(tokens)
         tables: Any = self.tables[length] if length in self.tables else self.rotary(length)
-        cut = (None if batch.segments is None
-               else cut_rows(batch.segments, tokens.shape[1], batch.longest))
-        if cut is not None:  # positions count from the segment's start
-            tables = tuple(table[cut.places] for table in tables)
+        cut, begins = None, tokens == BOS_ID
+        if batch.segments is not None:
+            cut = cut_rows(batch.segments, tokens.shape[1], batch.longest)
+            begins = begins | (cut.places == 0)
+        # positions count from the segment's start
+        places = slice(tokens.shape[1]) if cut is None else cut.places
+        tables = tuple(table[places] for table in tables)
+        x0 = rms_norm(x0 if self.smear is None else self.smear(x0, begins))
         asked = slice(0 if batch.asked is not None
                       else tokens.shape[1] - batch.targets.shape[1], None)
         here = Pass(batch, x0, tables, cut, value, scales, asked, slice(None))
@@ -4381,13 +4392,18 @@ class Adaptation:
             found = costs(growth)
             return max(sum(found[i] for i in mine) for mine in deal(found, ranks))
 
-        pace.fit(slowest, self.tokens_per_second())
-        dealt, targets = deal(costs(pace.growth), ranks), len(self.text.target_bytes)
+        # a killed run goes on by the plan that it began with, kept as unit -1
+        if began_with := int(self.runtime.agree(journal.get(-1, [0])[0])):
+            pace.growth = began_with
+        else:
+            pace.fit(slowest, self.tokens_per_second())
+        journal[-1] = [pace.growth, 0, 0]
+        mine = sorted(deal(costs(pace.growth), ranks)[self.runtime.rank])  # longest first
         log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold_seconds,
                   documents=sum(len(unit.sizes) for unit in units), linked=config.ttt_warm_a,
-                  tokens_per_target=sum(costs(pace.growth)) / targets)
+                  tokens_per_target=sum(costs(pace.growth)) / len(self.text.target_bytes))
         sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
-        for done, unit in enumerate(mine := dealt[self.runtime.rank]):
+        for done, unit in enumerate(mine):
             if config.ttt_warm_a or unit not in journal:
                 adapters = self.new_adapters(len(units[unit].sizes), carried)
                 journal[unit] = self.adapt(units[unit], adapters, pace)
@@ -4427,7 +4443,9 @@ class Adaptation:
             config=dataclasses.replace(self.config, ttt_chunks=(str(length),)))
         count = min(self.config.ttt_batch_docs, len(document_starts(self.text.tokens[:-1])))
         documents = Documents(np.zeros(count, np.int64), np.full(count, size))
-        seconds = self.runtime.seconds_of(made.adapt, documents, made.new_adapters(count), Pace(0))
+        for _ in range(2):  # the first one warms the library up
+            seconds = self.runtime.seconds_of(
+                made.adapt, documents, made.new_adapters(count), Pace(0))
         return made.forward_tokens(documents.sizes, 1) / self.runtime.agree(seconds)
 
     def new_adapters(self, count: int, carried: Any = None) -> Adapters:
@@ -4488,7 +4506,7 @@ class Adaptation:
         places = (begin + place).masked_fill(place >= end, -1)
         return Batch(self.tokens[begin + where.minimum(end - 1)].long() & 0xFFFF,
                      self.tokens[places + 1].long() & 0xFFFF, places,
-                     asked=place.minimum(end - 1) - first)
+                     longest=self.config.eval_seq_len, asked=place.minimum(end - 1) - first)
 
 
 # == 10 Train =====================================================================================
@@ -5586,7 +5604,8 @@ def evaluate_stage(session: Session):
             task = f"{kind} {digest} {text.sha256} {windows} of {runtime.world_size}"
             scores[kind] = timed_score(session, kind, losses, windows, Journal(path, task))
         if config.adapts != "none":
-            values = [getattr(config, name) for name in KNOBS if name.startswith("ttt_")]
+            values = [config.eval_seq_len, *(getattr(config, name) for name in KNOBS
+                                             if name.startswith("ttt_"))]
             task = f"ttt {digest} {text.sha256} {values} of {runtime.world_size}"
             scores["ttt"] = adapted_score(session, model, layout, Journal(path, task))
     data = json.dumps(dict(scores, val_sha256=text.sha256), indent=1).encode()

@@ -256,8 +256,10 @@ def blend_skip(params, row, x_TD, skip_TD, sizes):
     return gate_D * x_TD + (1 - gate_D) * skip_TD
 
 
-def smear(params, e_TD, tokens_T, bos_id=1):
+def smear(params, e_TD, tokens_T, starts=(), bos_id=1):
     """Return embeddings with a gated share of the one before added, none at a document's start.
+
+    starts: of segments, which take in nothing either.
 
     Source: PR #1667, masked as in PR #1855.
     """
@@ -265,7 +267,8 @@ def smear(params, e_TD, tokens_T, bos_id=1):
     for t in range(1, len(e_TD)):
         argument = torch.sum(weight * e_TD[t, : len(weight)])
         gate = params["smear.scale"] / (1 + torch.exp(-argument))
-        rows.append(e_TD[t] if tokens_T[t] == bos_id else e_TD[t] + gate * e_TD[t - 1])
+        closed = tokens_T[t] == bos_id or t in starts
+        rows.append(e_TD[t] if closed else e_TD[t] + gate * e_TD[t - 1])
     return torch.stack(rows)
 
 
@@ -292,7 +295,9 @@ def encode(params, tokens_T, order, sizes):
     """
     e_TD = params["tok_emb.weight"][tokens_T]
     if "smear.weight" in params:
-        e_TD = smear(params, e_TD, tokens_T)
+        longest = sizes.get("longest")
+        starts = segment_starts([int(t) for t in tokens_T], longest) if longest else ()
+        e_TD = smear(params, e_TD, tokens_T, starts)
     x0_TD = rms_norm(e_TD)
     x_TD, stack = x0_TD, []
     for at, layer in enumerate(order[: len(order) // 2]):
@@ -729,7 +734,7 @@ def byte_cost(prev_id, target_id, table):
 # ---- 7. Test-time training ----------------------------------------------------------------
 
 
-def document_windows(begins, num_targets, seq_len, stride):
+def windows_of_documents(begins, num_targets, seq_len, stride):
     """Return sliding_windows() of each document, at their places in the text."""
     windows = []
     for begin, end in zip(begins, [*begins[1:], num_targets]):
