@@ -1090,6 +1090,7 @@ def test_evaluating_its_artifact_gives_the_same_bits_even_when_killed(nursery, s
     assert run_of(nursery, env, tmp_path).scores == run.scores
 
 
+@pytest.mark.slow
 def test_another_window_takes_nothing_from_the_journal(nursery, small_env, shared, tmp_path):
     run = shared("adapted_lora", lambda cwd: run_of(
         nursery, {**small_env, **KINDS["lora"][0]}, cwd))

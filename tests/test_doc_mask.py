@@ -970,6 +970,7 @@ def test_two_ranks_train_on_packed_rows_like_one(nursery, masked_env, masked_run
                                                             rel=2e-3)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_returns_to_a_length_goes_on_where_it_stopped(
         nursery, masked_env, tmp_path):
     """The phase is told by its number: two of this schedule have the same length and order."""
