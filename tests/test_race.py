@@ -244,7 +244,8 @@ def test_a_race_at_equal_seconds(track, monkeypatch):
 
 
 def test_schedules_go_by_share_unless_an_arm_says_otherwise(track):
-    arms = (PLAIN, "own: RECUR_START_STEP=7", "share: RECUR_START_FRAC=0.50", "demo: PRESET=demo DOC_MASK=0")
+    arms = (PLAIN, "own: RECUR_START_STEP=7", "share: RECUR_START_FRAC=0.50",
+            "demo: PRESET=demo DOC_MASK=0")
     found = race.set_up(race.parse(track.arguments(*arms, more=["--base=VOCAB_SIZE=512"]))).arms
     assert {name: s.get("RECUR_START_FRAC") for name, s in found.items()} == {
         "plain": "0.347", "own": None, "share": "0.5", "demo": None}
