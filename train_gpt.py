@@ -1602,11 +1602,15 @@ class Batch(NamedTuple):
         """Return the Batch that asks for every next token of windows (B, T + 1)."""
         return cls(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
+    def added(self, place: str, at: int, x: Tensor) -> Any:
+        """Return what adapters add to a place's output at a virtual step, None where none does."""
+        adapted = self.adapters is not None and place in self.adapters.places
+        return self.adapters.added(place, at, x) if adapted else None
+
     def split(self, rows: int) -> list[Batch]:
         """Return this in parts of `rows` rows."""
-        parts: Any = [itertools.repeat(x) if x is None else x.split(rows) for x in self[:4]]
-        return [self._replace(tokens=tokens, targets=targets, places=places, segments=segments)
-                for tokens, targets, places, segments in zip(*parts)]
+        parts: Any = [x.split(rows) if isinstance(x, Tensor) else itertools.repeat(x) for x in self]
+        return [Batch(*part) for part in zip(*parts)]
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -1778,7 +1782,7 @@ def batch_of_rows(rows: np.ndarray, config: Config, runtime: Runtime, longest: i
     longest = longest or config.train_seq_len
     segments = cut_documents(cut, longest, runtime.compiles).to(runtime.device)
     # compiled graphs serve every length of a schedule
-    longest = config.train_seq_len if runtime.compiles else longest
+    longest = max(longest, config.train_seq_len) if runtime.compiles else longest
     return Batch(batch.tokens.view(shape), batch.targets.view(shape), None, segments, longest)
 
 
@@ -2542,10 +2546,8 @@ class Pass(NamedTuple):
 
     def adapted(self, place: str, x: Tensor, out: Tensor) -> Tensor:
         """Return a place's output with what the batch's adapters make of its input."""
-        adapters = self.batch.adapters
-        if adapters is None or place not in adapters.places:
-            return out
-        return out + adapters.added(place, self.at, x)
+        added = self.batch.added(place, self.at, x)
+        return out if added is None else out + added
 
 
 class Adapters(NamedTuple):
@@ -2865,21 +2867,15 @@ class GPT(nn.Module):
     def logits(self, batch: Batch, layout: Layout) -> Tensor:
         """Return softcapped logits where targets are asked for, (B, S, V), fp32."""
         hidden, head = self.head(batch, layout)
-        return softcap_logits(hidden, head, self.softcap, self.added(batch, hidden))
+        return softcap_logits(hidden, head, self.softcap, batch.added("head", 0, hidden))
 
     def token_losses(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the loss in nats of each target (B, S), fp32."""
         hidden, head = self.head(batch, layout)
-        added = self.added(batch, hidden)
+        added = batch.added("head", 0, hidden)
         return softcap_cross_entropy(
             hidden.flatten(0, 1), head, batch.targets.flatten(), self.softcap,
             None if added is None else added.flatten(0, 1)).view_as(batch.targets)
-
-    @staticmethod
-    def added(batch: Batch, hidden: Tensor) -> Any:
-        """Return what adapters add to the logits (B, S, V), None where none does."""
-        adapted = batch.adapters is not None and "head" in batch.adapters.places
-        return batch.adapters.added("head", 0, hidden) if adapted else None
 
     def mean_loss(self, batch: Batch, layout: Layout) -> Tensor:
         """Return the mean training loss in nats."""
@@ -4237,20 +4233,25 @@ def score(losses_of, text: Validation, windows: tuple, runtime: Runtime,
     """
     journal = {} if journal is None else journal
     readings, (length, _, batch, _) = plan_readings(text, windows, runtime), Windows(*windows)
-    sums, since, sizes = torch.zeros(3, dtype=torch.float64), time.perf_counter(), None
+    sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
+    sizes = on_device(text, runtime.device)[1]
     at_once = max(1, STRETCH_TOKENS // (batch * length))
     with torch.inference_mode():
         for unit, at in enumerate(range(0, len(readings), at_once)):
             if unit not in journal:
                 batches = [read_batch(text, reading, windows, runtime)
                            for reading in readings[at:at + at_once]]
-                sizes = on_device(text, runtime.device)[1]
                 journal[unit] = add_up([(losses_of(one), one.places) for one in batches], sizes)
             sums += torch.tensor(journal[unit], dtype=torch.float64)
             if progress:
                 progress(min(at + at_once, len(readings)), len(readings), since)
-    total, *counts = runtime.sum_(sums).tolist()
-    return Score(total, *map(int, counts))
+    return total_score(sums, runtime)
+
+
+def total_score(sums: Tensor, runtime: Runtime) -> Score:
+    """Return the Score of all ranks' nats, targets and bytes (3,), float64."""
+    nats, *counts = runtime.sum_(sums).tolist()
+    return Score(nats, *map(int, counts))
 
 
 def add_up(scored: list[tuple[Tensor, Tensor]], target_bytes: Tensor) -> list:
@@ -4317,11 +4318,7 @@ class Adaptation:
 
     # both on the device, whichever text was scored last
     tokens = property(lambda self: on_device(self.text, self.runtime.device)[0])
-    sizes = property(lambda self: on_device(self.text, self.runtime.device)[1])
-
-    def total(self, sums: Tensor) -> Score:
-        nats, *counts = self.runtime.sum_(sums).tolist()
-        return Score(nats, *map(int, counts))
+    target_bytes = property(lambda self: on_device(self.text, self.runtime.device)[1])
 
     def by_stream(self, progress) -> Score:
         """Return the Score of chunks of the text, each scored, then learned by SGD: TTT=sgd.
@@ -4333,7 +4330,8 @@ class Adaptation:
         config, runtime, size = self.config, self.runtime, self.config.ttt_chunk_tokens
         windows = config.sliding_windows._replace(batch=config.ttt_batch_seqs)
         plan = plan_text(self.text, windows)
-        chunk_of, chunks = (plan[0] + plan[1]) // size, -(-len(self.text.target_bytes) // size)
+        chunks = -(-len(self.text.target_bytes) // size)
+        bounds = np.searchsorted(plan[0] + plan[1], np.arange(chunks + 1) * size)
         blocks: Any = self.model.blocks[:config.ttt_freeze_blocks]
         blocks.requires_grad_(False)
         learned = [p for p in self.model.parameters() if p.requires_grad]
@@ -4341,18 +4339,19 @@ class Adaptation:
         sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
         pace = Pace(config.ttt_max_seconds)
         for chunk in range(chunks):
-            mine = group_windows(tuple(part[chunk_of == chunk] for part in plan), windows, runtime)
+            some = slice(*bounds[chunk:chunk + 2])
+            mine = group_windows(tuple(part[some] for part in plan), windows, runtime)
             with torch.inference_mode():
                 for reading in mine:
                     batch = read_batch(self.text, reading, windows, runtime)
                     losses = self.model.token_losses(batch, self.layout)
-                    sums += torch.tensor(add_up([(losses, batch.places)], self.sizes))
+                    sums += torch.tensor(add_up([(losses, batch.places)], self.target_bytes))
             progress(chunk + 1, chunks, since)
             if chunk + 1 < chunks and not runtime.agree(pace.late()):
                 cosine = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
                 optimizer.param_groups[0]["lr"] = config.ttt_rate * cosine
                 self.learn(self.text.tokens[chunk * size:(chunk + 1) * size + 1], optimizer)
-        return self.total(sums)
+        return total_score(sums, self.runtime)
 
     def learn(self, tokens: np.ndarray, optimizer):
         """Make TTT_EPOCHS passes of SGD over the whole sequences among scored tokens (N + 1,)."""
@@ -4393,15 +4392,17 @@ class Adaptation:
             return max(sum(found[i] for i in mine) for mine in deal(found, ranks))
 
         # a killed run goes on by the plan that it began with, kept as unit -1
-        if began_with := int(self.runtime.agree(journal.get(-1, [0])[0])):
-            pace.growth = began_with
+        growth, seconds = self.runtime.agree(*journal.get(-1, [0, 0])[:2])
+        if growth:
+            pace.growth, pace.foretold_seconds = int(growth), seconds
         else:
             pace.fit(slowest, self.tokens_per_second())
-        journal[-1] = [pace.growth, 0, 0]
-        mine = sorted(deal(costs(pace.growth), ranks)[self.runtime.rank])  # longest first
+        journal[-1] = [pace.growth, round(pace.foretold_seconds), 0]
+        found = costs(pace.growth)
+        mine = sorted(deal(found, ranks)[self.runtime.rank])  # longest first
         log.event("ttt_plan", growth=pace.growth, expected_seconds=pace.foretold_seconds,
                   documents=sum(len(unit.sizes) for unit in units), linked=config.ttt_warm_a,
-                  tokens_per_target=sum(costs(pace.growth)) / len(self.text.target_bytes))
+                  tokens_per_target=sum(found) / len(self.text.target_bytes))
         sums, since = torch.zeros(3, dtype=torch.float64), time.perf_counter()
         for done, unit in enumerate(mine):
             if config.ttt_warm_a or unit not in journal:
@@ -4410,7 +4411,7 @@ class Adaptation:
                 carried = adapters if config.ttt_warm_a else None
             sums += torch.tensor(journal[unit], dtype=torch.float64)
             log.progress("ttt", done + 1, len(mine), since)
-        return self.total(sums)
+        return total_score(sums, self.runtime)
 
     def plan(self) -> list[Documents]:
         """Return batches of TTT_BATCH_DOCS documents, longest first, equal ones in text order."""
@@ -4422,9 +4423,8 @@ class Adaptation:
 
     def chunks(self, sizes: np.ndarray, growth: int) -> np.ndarray:
         """Return how many targets documents of these sizes are scored at a time."""
-        return np.array([min(growth * next(chunk for limit, chunk in self.config.chunk_rule
-                                           if size <= limit), self.config.eval_seq_len)
-                         for size in sizes.tolist()])
+        limits, chunks = map(np.array, zip(*self.config.chunk_rule))
+        return np.minimum(growth * chunks[limits.searchsorted(sizes)], self.config.eval_seq_len)
 
     def forward_tokens(self, sizes: np.ndarray, growth: int) -> int:
         """Return how many tokens adapting a batch of documents forwards, its padding included."""
@@ -4485,7 +4485,7 @@ class Adaptation:
             with torch.set_grad_enabled(bool(learns.any())):
                 losses = self.model.token_losses(batch._replace(adapters=adapters), self.layout)
             # into the sum before any step sees it
-            sums += torch.tensor(add_up([(losses.detach(), batch.places)], self.sizes))
+            sums += torch.tensor(add_up([(losses.detach(), batch.places)], self.target_bytes))
             if learns.any():
                 counted = batch.places >= 0
                 means = (losses * counted).sum(1) / counted.sum(1).clamp_min(1)
