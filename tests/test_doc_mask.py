@@ -286,6 +286,19 @@ def test_compiled_shapes_give_the_same_losses():
 
 
 @in_float64
+@pytest.mark.parametrize("longest", (9, 16, 21))
+def test_compiled_rows_hold_segments_longer_than_those_of_training(longest):
+    """As SGD at test time cuts them, EVAL_SEQ_LEN being above TRAIN_SEQ_LEN."""
+    config = masked_config(**FRONTIER)
+    model, layout = random_model(config, dtype=torch.float64), layouts_of(config)[1]
+    batches = [batch_of_rows(ROWS, config, rank_that(on), longest) for on in (False, True)]
+    assert [batch.longest for batch in batches] == [longest, longest]
+    with torch.no_grad():
+        eager, compiled = (model.token_losses(batch, layout) for batch in batches)
+    torch.testing.assert_close(compiled, eager, rtol=1e-11, atol=1e-12)
+
+
+@in_float64
 @models
 @depths
 def test_packed_documents_are_the_documents_alone(changes, depth):
